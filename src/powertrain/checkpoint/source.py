@@ -1,0 +1,67 @@
+"""What every kind of checkpoint offers: a Hugging Face style config and named tensors, read one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from powertrain.types import ModelFileError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Checkpoint(Protocol):
+    """A model on disk, in Hugging Face names whatever the file format.
+
+    `config` holds the keys of a Hugging Face `config.json` (GGUF metadata is translated to it);
+    `generation_config` those of `generation_config.json`, maybe empty. Memory-mapped: nothing is read before `load`.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+
+    def names(self) -> list[str]:
+        """All tensor names, in Hugging Face spelling (`model.layers.0.self_attn.q_proj.weight`)."""
+        ...
+
+    def load(self, name: str) -> torch.Tensor:
+        """One tensor. Safetensors: dtype as stored. GGUF: dequantized to float32, q/k rows in Hugging Face order.
+
+        Raises `ModelFileError` naming file and tensor if it is absent or damaged.
+        """
+        ...
+
+    def nbytes(self, name: str) -> int:
+        """Bytes the tensor takes on disk."""
+        ...
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a `.gguf` file, a `.safetensors` folder, or a folder holding one `.gguf` file.
+
+    Raises `ModelFileError` if there is nothing loadable there (pickled weights are refused by name).
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".gguf":
+        from powertrain.checkpoint.gguf import GGUFCheckpoint
+
+        return GGUFCheckpoint(path)
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1 and not (path / "config.json").exists():
+            from powertrain.checkpoint.gguf import GGUFCheckpoint
+
+            return GGUFCheckpoint(ggufs[0])
+        from powertrain.checkpoint.safetensors_folder import SafetensorsCheckpoint
+
+        return SafetensorsCheckpoint(path)
+    raise ModelFileError(f"{path}: no such model file or folder; `powertrain pull smollm2` fetches the default model")
+
+
+def iterate(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a checkpoint in name order, one in memory at a time."""
+    for name in checkpoint.names():
+        yield name, checkpoint.load(name)

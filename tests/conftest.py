@@ -1,0 +1,58 @@
+"""Fixtures that several test folders share: tiny models of every family, and real data where this machine has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from model_builders import build_stories260k, build_tiny_model
+
+from powertrain.config import cache_dir
+
+SHARED = Path(__file__).parents[2] / "shared"
+"""Data sets and small models kept beside the checkout. The one place that knows where; absent on most machines."""
+
+SMOLLM2_GGUF = "models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The data folder beside the checkout; skips where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("no shared data folder beside the checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The default model's file in the cache; skips until `powertrain pull smollm2` has put it there."""
+    path = cache_dir() / SMOLLM2_GGUF
+    if not path.is_file():
+        pytest.skip("the default model is not in the cache: run `powertrain pull smollm2`")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_model_dir(family)`: a folder with a seeded random float32 model and a working tokenizer, made once.
+
+    Families: llama, llama3 (Llama-3 rope scaling, untied), mistral (sliding window 24), qwen2, qwen3.
+    """
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = build_tiny_model(family, tmp_path_factory.mktemp("tiny") / family)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def stories260k_dir(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained 260 thousand parameter Llama as a Hugging Face folder with `tokenizer.json`; skips where absent."""
+    source = shared_dir / "models" / "stories260k"
+    if not source.is_dir():
+        pytest.skip("stories260k is not in the shared data folder")
+    return build_stories260k(source, tmp_path_factory.mktemp("stories260k"))

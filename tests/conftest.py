@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from model_builders import build_stories260k, build_tiny_model
 
+from model_builders import build_stories260k, build_tiny_model
 from powertrain.config import cache_dir
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -50,6 +50,27 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
 
 
 @pytest.fixture(scope="session")
+def tiny_gguf(
+    tiny_model_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Path]:
+    """`tiny_gguf(family, type_name)`: the tiny model as a GGUF file, matrices as F32, F16, BF16, Q8_0, Q4_0 ..., once."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(family: str, type_name: str) -> Path:
+        import gguf
+
+        from gguf_builder import build_gguf
+
+        key = (family, type_name)
+        if key not in made:
+            out = tmp_path_factory.mktemp("gguf") / f"{family}.{type_name}.gguf"
+            made[key] = build_gguf(tiny_model_dir(family), out, gguf.GGMLQuantizationType[type_name])
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def stories260k_dir(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained 260 thousand parameter Llama as a Hugging Face folder with `tokenizer.json`; skips where absent."""
     source = shared_dir / "models" / "stories260k"

@@ -152,6 +152,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         is_size_setter = isinstance(obj, str) and attr in SIZE_SETTERS
         return not is_size_setter and super().is_safe_attribute(obj, attr, value)
 
+    def wrap_str_format(self, value: Any) -> None:
+        """Leaves `str.format` to `is_safe_attribute`; Jinja's own wrapper allows any width."""
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
             raise _LimitError("formatting by % is not available")

@@ -14,12 +14,17 @@ from powertrain.types import ModelFileError
 PREFIX = "tokenizer.ggml."
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # GGUF's token types
 
-# Published with the models; the second differs in taking digits one by one.
+# The patterns published with the models' own tokenizers.
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def _gpt2() -> pre_tokenizers.PreTokenizer:
@@ -43,8 +48,11 @@ PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "llama-v3": lambda: _split(LLAMA3_SPLIT),
     "llama-bpe": lambda: _split(LLAMA3_SPLIT),
     "qwen2": lambda: _split(QWEN2_SPLIT),
+    "deepseek-r1-qwen": lambda: _split(QWEN2_SPLIT),
+    "tekken": lambda: _split(TEKKEN_SPLIT),
 }
-LLAMA3_NAMES = ("llama3", "llama-v3", "llama-bpe")
+# These take a word that is in the vocabulary whole, even where no chain of merges leads to it, and add BOS by default.
+WHOLE_WORD_NAMES = ("llama3", "llama-v3", "llama-bpe", "tekken")
 
 
 class _Metadata:
@@ -101,8 +109,7 @@ def _byte_level(metadata: _Metadata) -> tokenizers.Tokenizer:
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.array("merges", str)]
     if any(len(merge) != 2 for merge in merges):
         raise ModelFileError(f"{PREFIX}merges must hold pairs of tokens separated by a space")
-    # Llama 3 takes a word that is in the vocabulary whole, even where no chain of merges leads to it.
-    model = models.BPE(vocab=metadata.vocab, merges=merges, ignore_merges=name in LLAMA3_NAMES)
+    model = models.BPE(vocab=metadata.vocab, merges=merges, ignore_merges=name in WHOLE_WORD_NAMES)
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = PRE_TOKENIZERS[name]()
     backend.decoder = decoders.ByteLevel()
@@ -181,7 +188,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     try:
         backend = _byte_level(checked) if kind == "gpt2" else _sentencepiece(checked)
         _add_special_tokens(backend, checked)
-        adds_bos = kind == "llama" or checked.text("pre", "default") in LLAMA3_NAMES
+        adds_bos = kind == "llama" or checked.text("pre", "default") in WHOLE_WORD_NAMES
         _add_bos_and_eos(backend, checked, adds_bos)
     except ModelFileError:
         raise

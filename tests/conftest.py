@@ -53,7 +53,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
 def tiny_gguf(
     tiny_model_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], Path]:
-    """`tiny_gguf(family, type_name)`: the tiny model as a GGUF file, matrices as F32, F16, BF16, Q8_0, Q4_0 ..., once."""
+    """`tiny_gguf(family, type_name)`: the tiny model as a GGUF file, matrices as F32, F16, BF16, Q8_0, Q4_0 ..."""
     made: dict[tuple[str, str], Path] = {}
 
     def get(family: str, type_name: str) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,6 +83,29 @@ class EngineConfig:
             if values:
                 own[part] = kind(**values)
         return cls(**own)
+
+
+def resolve(config: EngineConfig, *, has_cuda: bool, model_dtype: str) -> EngineConfig:
+    """Settle `auto`: the GPU where there is one; float32 on a CPU, the model's 16-bit kind (or bfloat16) on a GPU."""
+    if config.device == "cuda" and not has_cuda:
+        raise PowertrainError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    device: Literal["cpu", "cuda"] = "cpu" if config.device == "cpu" or not has_cuda else "cuda"
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else ("float16" if model_dtype == "float16" else "bfloat16")
+    for name, value in (
+        ("max_num_seqs", config.scheduler.max_num_seqs),
+        ("max_num_batched_tokens", config.scheduler.max_num_batched_tokens),
+        ("block_size", config.cache.block_size),
+        ("num_blocks", config.cache.num_blocks),
+        ("max_model_len", config.max_model_len),
+        ("threads", config.threads),
+    ):
+        if value is not None and value < 1:
+            raise PowertrainError(f"{name} must be at least 1, got {value}")
+    if not 0 < config.cache.gpu_memory_utilization <= 1:
+        raise PowertrainError(f"gpu_memory_utilization must be in (0, 1], got {config.cache.gpu_memory_utilization}")
+    return replace(config, device=device, dtype=dtype, threads=config.threads or physical_cores())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

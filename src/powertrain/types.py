@@ -59,7 +59,7 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 or -1 is off. `seed` makes a request repeatable whatever else is in its batch.
     `logprobs` k returns, per generated token, its own log-probability and those of the k most likely tokens, from the
-    distribution after penalties and bias but before temperature and truncation; `prompt_logprobs` the same for the
+    model's own distribution (before penalties, bias, temperature and truncation); `prompt_logprobs` the same for the
     prompt. `max_tokens` None means up to the model's length. Raises `InvalidRequest` naming the field.
     """
 
@@ -202,7 +202,7 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantScheme:
-    """An integer weight grid, in compressed-tensors' words: `group_size` None is one group per output row ("channel")."""
+    """An integer weight grid, in compressed-tensors' words; `group_size` None is one group per output row (channel)."""
 
     num_bits: int
     group_size: int | None = None

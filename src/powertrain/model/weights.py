@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
+
+from powertrain.kernels.matmul import int4_linear, int8_linear
+from powertrain.types import ModelFileError
 
 
 class IntWeight(NamedTuple):
@@ -27,3 +31,160 @@ class IntWeight(NamedTuple):
         if self.zero_point is not None:
             values = values - self.zero_point.to(torch.float32).unsqueeze(-1)
         return (values * self.scale.to(torch.float32).unsqueeze(-1)).view(out_features, in_features).to(dtype)
+
+
+class WeightFormat(Protocol):
+    """A stored matrix [out, in]: knows its bytes and multiplies activations [rows, in] into [rows, out]."""
+
+    name: str
+    out_features: int
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, in] times the transposed matrix, in x's dtype."""
+        ...
+
+    def unpack(self) -> torch.Tensor:
+        """The matrix [out, in] in float32 (or the dense dtype), as `matmul` means it."""
+        ...
+
+    def step_bytes(self) -> int:
+        """Bytes a product with few rows has to read."""
+        ...
+
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        ...
+
+
+class Dense:
+    """A float matrix. On a CPU it is stored input-major: torch's products with few rows run about twice as fast."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """weight: [out, in], already on its device and in its dtype."""
+        self.name = str(weight.dtype).removeprefix("torch.")
+        self.out_features = weight.shape[0]
+        self._is_input_major = weight.device.type == "cpu"
+        self._weight = weight.t().contiguous() if self._is_input_major else weight.contiguous()
+
+    @classmethod
+    def pack(cls, weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> Dense:
+        return cls(weight.to(device=device, dtype=dtype))
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self._weight if self._is_input_major else torch.nn.functional.linear(x, self._weight)
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of the matrix [out, in] by index: what an embedding shared with the head needs."""
+        return self._weight[:, index].t().contiguous() if self._is_input_major else self._weight[index]
+
+    def unpack(self) -> torch.Tensor:
+        return self._weight.t() if self._is_input_major else self._weight
+
+    def step_bytes(self) -> int:
+        return self.nbytes()
+
+    def nbytes(self) -> int:
+        return self._weight.numel() * self._weight.element_size()
+
+
+class Int8Channel:
+    """8-bit integers with one scale per output: W8A16. A zero point becomes one column: -zero * scale * sum(x)."""
+
+    name = "int8"
+
+    def __init__(self, values: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None) -> None:
+        self._values, self._scale, self._offset = values, scale, offset
+        self.out_features = values.shape[0]
+
+    @classmethod
+    def pack(cls, weight: IntWeight, device: torch.device) -> Int8Channel:
+        scale = weight.scale[:, 0].float()
+        offset = None if weight.zero_point is None else (-weight.zero_point[:, 0].float() * scale).to(device)
+        return cls(weight.values.to(device), scale.to(device), offset)
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        product = int8_linear(x, self._values, self._scale)
+        if self._offset is None:
+            return product
+        return product + x.sum(-1, keepdim=True) * self._offset.to(x.dtype)
+
+    def unpack(self) -> torch.Tensor:
+        weight = self._values.float() * self._scale.unsqueeze(1)
+        return weight if self._offset is None else weight + self._offset.unsqueeze(1)
+
+    def step_bytes(self) -> int:
+        return self.nbytes()
+
+    def nbytes(self) -> int:
+        return self._values.numel() + self.out_features * 4 * (1 if self._offset is None else 2)
+
+
+class Int4Group:
+    """4-bit integers with a scale (and a zero) per group of inputs: W4A16, symmetric or not.
+
+    Holds the nibbles for the dequantized product and, on a CPU with a group size it knows, the same nibbles in the
+    layout of torch's kernel; a product reads one of the two.
+    """
+
+    name = "int4"
+
+    def __init__(self, nibbles: torch.Tensor, packed: torch.Tensor, scale_and_zero: torch.Tensor) -> None:
+        self._nibbles, self._packed, self._scale_and_zero = nibbles, packed, scale_and_zero
+        self.out_features = nibbles.shape[0]
+        self._group_size = nibbles.shape[1] * 2 // scale_and_zero.shape[0]
+
+    @classmethod
+    def pack(cls, weight: IntWeight, device: torch.device) -> Int4Group:
+        unsigned = (weight.values.to(torch.int32) + 8).to(torch.uint8)
+        nibbles = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+        scale = weight.scale.float()
+        zero = torch.zeros_like(scale) if weight.zero_point is None else -weight.zero_point.float() * scale
+        scale_and_zero = torch.stack((scale, zero), dim=-1).transpose(0, 1).to(torch.bfloat16).contiguous()
+        out_features, in_features = weight.values.shape
+        group_size = in_features // scale.shape[1]
+        packed = torch.empty(0, dtype=torch.uint8)
+        if device.type == "cpu" and group_size in (32, 64, 128, 256) and out_features % 16 == 0:
+            packed = torch._convert_weight_to_int4pack_for_cpu(unsigned.to(torch.int32), 1)
+        return cls(nibbles.to(device), packed, scale_and_zero.to(device))
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        return int4_linear(x, self._packed, self._nibbles, self._scale_and_zero, self._group_size)
+
+    def unpack(self) -> torch.Tensor:
+        unsigned = torch.stack((self._nibbles & 15, self._nibbles >> 4), dim=-1)
+        unsigned = unsigned.view(self.out_features, -1, self._group_size).float()
+        scale, zero = (part.t().unsqueeze(-1).float() for part in self._scale_and_zero.unbind(-1))
+        return ((unsigned - 8) * scale + zero).view(self.out_features, -1)
+
+    def step_bytes(self) -> int:
+        return self._nibbles.numel() + self._scale_and_zero.numel() * 2
+
+    def nbytes(self) -> int:
+        return self.step_bytes() + self._packed.numel() * self._packed.element_size()
+
+
+def pack_int_weight(weight: IntWeight, device: torch.device) -> WeightFormat:
+    """The running format for quantized integers: 8 bits per channel and grouped 4 bits stay quantized.
+
+    Other grids (8-bit groups, 4 bits over odd rows) raise `ModelFileError`: dequantizing them at load would be slower
+    and larger than what the user thinks is running.
+    """
+    if weight.num_bits == 8 and weight.scale.shape[1] == 1:
+        return Int8Channel.pack(weight, device)
+    if weight.num_bits == 4 and weight.values.shape[1] % 2 == 0:
+        return Int4Group.pack(weight, device)
+    kind = f"{weight.num_bits} bits, {weight.scale.shape[1]} groups a row" + (
+        "" if weight.zero_point is None else ", asymmetric"
+    )
+    raise ModelFileError(f"no running format for {kind}; use 8 bits per channel, or 4-bit groups")
+
+
+def concat_int_weights(weights: Sequence[IntWeight]) -> IntWeight:
+    """Stack matrices with the same inputs and grid along their outputs (q, k, v as one product)."""
+    has_zero = weights[0].zero_point is not None
+    return IntWeight(
+        torch.cat([w.values for w in weights]),
+        torch.cat([w.scale for w in weights]),
+        torch.cat([w.zero_point for w in weights if w.zero_point is not None]) if has_zero else None,
+        weights[0].num_bits,
+    )

@@ -1,0 +1,73 @@
+"""How many KV blocks fit: from the device's memory, after the weights and the largest step have taken theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from powertrain.config import EngineConfig
+from powertrain.kernels.attention import AttentionStep
+from powertrain.model.decoder import Decoder, KVCache
+from powertrain.types import PowertrainError
+
+_CPU_SHARE = 0.25
+_CPU_LIMIT = 2 * 1024**3
+
+
+def num_cache_blocks(model: Decoder, config: EngineConfig, max_model_len: int) -> int:
+    """Blocks for the pool: as many as memory allows, at most what all slots at full length could use.
+
+    CPU: a quarter of the available memory, at most 2 GiB, unless `kv_cache_memory_bytes` says otherwise.
+    CUDA: `gpu_memory_utilization` of the device less what weights and the largest step hold at their peak.
+    """
+    block_bytes = model.kv_bytes_per_token() * config.cache.block_size
+    budget = config.cache.kv_cache_memory_bytes
+    if budget is None:
+        budget = _cuda_budget(model, config) if model.device.type == "cuda" else _cpu_budget()
+    blocks_per_seq = -(-max_model_len // config.cache.block_size)
+    num_blocks = min(budget // block_bytes, blocks_per_seq * config.scheduler.max_num_seqs)
+    if num_blocks < 1:
+        raise PowertrainError(
+            f"no memory for the KV cache: one block takes {block_bytes} bytes and {budget} are left; "
+            "raise gpu_memory_utilization or kv_cache_memory_bytes, or take a smaller model"
+        )
+    return int(num_blocks)
+
+
+def _cpu_budget() -> int:
+    available = 4 * 1024**3
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    return int(min(available * _CPU_SHARE, _CPU_LIMIT))
+
+
+def _cuda_budget(model: Decoder, config: EngineConfig) -> int:
+    """Measure the peak of a prompt that fills the token budget, with logits for every slot."""
+    torch.cuda.reset_peak_memory_stats(model.device)
+    num_tokens = min(config.scheduler.max_num_batched_tokens, model.config.max_position)
+    block_size = config.cache.block_size
+    num_blocks = -(-num_tokens // block_size)
+    cache = KVCache(model.config, num_blocks, block_size, model.norm.weight)
+    positions = torch.arange(num_tokens, device=model.device)
+    step = AttentionStep(
+        positions=positions,
+        slots=positions,
+        query_lens=[num_tokens],
+        context_lens=[num_tokens],
+        block_tables=torch.arange(num_blocks, device=model.device).unsqueeze(0),
+        context_lens_tensor=positions[:0],
+        num_decodes=0,
+    )
+    hidden = model.forward(torch.zeros_like(positions), step, cache)
+    model.logits(hidden[: config.scheduler.max_num_seqs])
+    torch.cuda.synchronize(model.device)
+    peak = torch.cuda.max_memory_allocated(model.device)
+    del cache, hidden
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(model.device)
+    others = total - free - torch.cuda.memory_reserved(model.device)
+    return int(total * config.cache.gpu_memory_utilization) - peak - others

@@ -1,0 +1,155 @@
+"""Logits to tokens: penalties, temperature, truncation, one repeatable draw per row, log-probabilities.
+
+Each draw uses one uniform number that depends on nothing but the sequence's seed, its index and the position: the same
+request gives the same tokens whatever shares its batch, after preemption, and with or without speculation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from powertrain.types import SamplingParams, TokenLogprob
+
+_MASK64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of logits: the distribution after `context` (prompt and output ids known or drafted so far)."""
+
+    sampling: SamplingParams
+    context: Sequence[int]
+    num_prompt: int
+    eos_token_ids: tuple[int, ...]
+    seed: int
+    index: int
+
+
+def uniform(seed: int, index: int, position: int) -> float:
+    """A number in [0, 1) from a counter, not a state: SplitMix64 (Steele et al. 2014) over the three arguments."""
+    mixed = seed & _MASK64
+    for part in (index, position):
+        mixed = (mixed + 0x9E3779B97F4A7C15 * (part + 1)) & _MASK64
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK64
+        mixed ^= mixed >> 31
+    return (mixed >> 11) * 2.0**-53
+
+
+@torch.inference_mode()
+def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[int | None]:
+    """One token per row of float32 logits [rows, vocab]; None where a row holds a NaN or infinity.
+
+    The logits are changed in place. Greedy rows take the argmax after penalties and bias.
+    """
+    finite = torch.isfinite(logits).all(-1).tolist()
+    _select(rows, _has_penalties, lambda at: _penalize(logits[at], rows[at]))
+    _select(rows, _has_edits, lambda at: _edit(logits[at], rows[at]))
+    tokens: list[int | None] = list(logits.argmax(-1).tolist())
+    random = [at for at, row in enumerate(rows) if not row.sampling.is_greedy and finite[at]]
+    if random:
+        drawn = _draw(logits[random], [rows[at] for at in random])
+        for at, token in zip(random, drawn, strict=True):
+            tokens[at] = token
+    return [token if ok else None for token, ok in zip(tokens, finite, strict=True)]
+
+
+def _select(rows: Sequence[Row], wanted: Callable[[Row], bool], apply: Callable[[int], None]) -> None:
+    for at, row in enumerate(rows):
+        if wanted(row):
+            apply(at)
+
+
+def _has_penalties(row: Row) -> bool:
+    sampling = row.sampling
+    return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
+
+
+def _has_edits(row: Row) -> bool:
+    return bool(row.sampling.logit_bias) or len(row.context) - row.num_prompt < row.sampling.min_tokens
+
+
+def _penalize(logits: torch.Tensor, row: Row) -> None:
+    """Repetition (Keskar et al. 2019, arXiv 1909.05858) over prompt and output; the additive two over the output."""
+    sampling = row.sampling
+    if sampling.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(row.context)), device=logits.device)
+        scores = logits[seen]
+        factor = sampling.repetition_penalty
+        logits[seen] = torch.where(scores > 0, scores / factor, scores * factor)
+    output = row.context[row.num_prompt :]
+    if output and (sampling.presence_penalty or sampling.frequency_penalty):
+        ids, counts = torch.unique(torch.tensor(output, device=logits.device), return_counts=True)
+        logits[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts.to(logits.dtype)
+
+
+def _edit(logits: torch.Tensor, row: Row) -> None:
+    """Add the bias; before `min_tokens` are out, forbid every token that would end the sequence."""
+    sampling = row.sampling
+    if sampling.logit_bias:
+        ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
+        logits[ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
+    if len(row.context) - row.num_prompt < sampling.min_tokens:
+        ending = (() if sampling.ignore_eos else row.eos_token_ids) + sampling.stop_token_ids
+        if ending:
+            logits[torch.tensor(ending, device=logits.device)] = -torch.inf
+
+
+def _draw(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
+    """Invert the cumulative distribution of each row at its uniform number."""
+    probs = _probabilities(logits, [row.sampling for row in rows]).double()
+    numbers = [uniform(row.seed, row.index, len(row.context)) for row in rows]
+    cumulative = probs.cumsum(-1)
+    targets = torch.tensor(numbers, dtype=torch.float64, device=logits.device).unsqueeze(1) * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, targets, right=True).squeeze(1)
+    return [int(token) for token in chosen.clamp_(max=logits.shape[1] - 1).tolist()]
+
+
+def _probabilities(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Temperature, then min-p (Nguyen et al. 2024, arXiv 2407.01082), top-k, top-p (Holtzman et al. 2019)."""
+    column = logits.new_tensor([p.temperature for p in params]).clamp_(min=1e-5).unsqueeze(1)
+    logits = logits / column
+    if any(p.min_p > 0 for p in params):
+        floor = logits.new_tensor([p.min_p for p in params]).unsqueeze(1).log()
+        top = logits.max(-1, keepdim=True).values
+        logits = logits.masked_fill(logits < top + floor, -torch.inf)
+    cut = [at for at, p in enumerate(params) if p.top_k > 0 or p.top_p < 1.0]
+    if cut:
+        logits[cut] = _truncate(logits[cut], [params[at] for at in cut])
+    return logits.softmax(-1)
+
+
+def _truncate(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Keep each row's top_k, then the fewest of those whose probabilities reach top_p. Ties at the edge stay in."""
+    vocab = logits.shape[1]
+    sizes = [min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params]
+    ordered = logits.topk(max(sizes), dim=-1).values
+    at = torch.arange(ordered.shape[1], device=logits.device)
+    limits = torch.tensor(sizes, device=logits.device).unsqueeze(1)
+    ordered = ordered.masked_fill(at >= limits, -torch.inf)
+    probs = ordered.softmax(-1)
+    top_p = probs.new_tensor([p.top_p for p in params]).unsqueeze(1)
+    # a token stays if those before it have not yet reached top_p: the first always does
+    stays = (probs.cumsum(-1) - probs < top_p) & torch.isfinite(ordered)
+    last = stays.sum(-1, keepdim=True) - 1
+    return logits.masked_fill(logits < ordered.gather(1, last), -torch.inf)
+
+
+@torch.inference_mode()
+def logprobs_of(logits: torch.Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> list[TokenLogprob]:
+    """Log-probability and rank of each row's token and of its `counts[row]` likeliest ones.
+
+    logits: float32 [rows, vocab], as the model gave them (before penalties, bias and temperature).
+    """
+    table = logits.log_softmax(-1)
+    own = table.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1))
+    ranks = ((table > own).sum(-1) + 1).tolist()
+    values, ids = table.topk(max(1, *counts), dim=-1) if counts else (table[:, :0], table[:, :0])
+    values_list, ids_list, own_list = values.tolist(), ids.tolist(), own.squeeze(1).tolist()
+    return [
+        TokenLogprob(token, own_list[at], ranks[at], tuple(ids_list[at][:count]), tuple(values_list[at][:count]))
+        for at, (token, count) in enumerate(zip(token_ids, counts, strict=True))
+    ]

@@ -1,0 +1,127 @@
+"""Paged attention (Kwon et al. 2023, arXiv 2309.06180): keys and values live in fixed-size blocks found by a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from powertrain.kernels.op import Op
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionStep:
+    """Where the tokens of one step stand. Sequences come in plan order, those with a single token first.
+
+    positions: int64 [tokens], position of each token in its own sequence.
+    slots: int64 [tokens], where its key and value go: block * block_size + offset.
+    query_lens, context_lens: per sequence, tokens in this step and tokens known after it.
+    block_tables: int64 [sequences, blocks], padded with any valid block.
+    context_lens_tensor: int64 [num_decodes]; num_decodes: how many leading sequences have one token.
+    """
+
+    positions: torch.Tensor
+    slots: torch.Tensor
+    query_lens: list[int]
+    context_lens: list[int]
+    block_tables: torch.Tensor
+    context_lens_tensor: torch.Tensor
+    num_decodes: int
+
+
+def _write_kv(
+    key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, step: AttentionStep
+) -> None:
+    """Store key and value [tokens, kv_heads, d] at the step's slots of the caches [blocks, block_size, kv_heads, d]."""
+    key_cache.view(-1, *key.shape[1:]).index_copy_(0, step.slots, key.to(key_cache.dtype))
+    value_cache.view(-1, *value.shape[1:]).index_copy_(0, step.slots, value.to(value_cache.dtype))
+
+
+def _paged_attention(
+    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, step: AttentionStep, window: int | None
+) -> torch.Tensor:
+    """Causal grouped-query attention of this step's tokens over their whole contexts, which are already written.
+
+    query: [tokens, heads, d]; caches: [blocks, block_size, kv_heads, d]; `window` limits each token to the last
+    `window` positions including its own (Mistral). Returns [tokens, heads, d].
+    """
+    if len(step.query_lens) == step.num_decodes:
+        return _decode_attention(query, key_cache, value_cache, step, window)
+    output = torch.empty_like(query)
+    if step.num_decodes:
+        output[: step.num_decodes] = _decode_attention(query[: step.num_decodes], key_cache, value_cache, step, window)
+    first = step.num_decodes
+    for index in range(step.num_decodes, len(step.query_lens)):
+        rows = slice(first, first + step.query_lens[index])
+        context = step.context_lens[index]
+        output[rows] = _prefill_attention(
+            query[rows], key_cache, value_cache, step.block_tables[index], context, window
+        )
+        first = rows.stop
+    return output
+
+
+def _decode_attention(
+    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, step: AttentionStep, window: int | None
+) -> torch.Tensor:
+    """One query token per sequence, all sequences at once over contexts padded to the longest.
+
+    The heads that share a key head become the rows of one small product, so that no key is repeated in memory.
+    """
+    num_seqs, num_heads, head_dim = query.shape
+    block_size, num_kv_heads = key_cache.shape[1:3]
+    longest = max(step.context_lens[:num_seqs])
+    tables = step.block_tables[:num_seqs, : -(-longest // block_size)]
+    width = tables.shape[1] * block_size
+    keys = key_cache[tables].view(num_seqs, width, num_kv_heads, head_dim).transpose(1, 2)
+    values = value_cache[tables].view(num_seqs, width, num_kv_heads, head_dim).transpose(1, 2)
+    at = torch.arange(width, device=query.device)
+    lens = step.context_lens_tensor.unsqueeze(1)
+    visible = at < lens
+    if window is not None:
+        visible &= at >= lens - window
+    grouped = query.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    mask = visible.view(num_seqs, 1, 1, width).expand(-1, -1, grouped.shape[2], -1)
+    out = scaled_dot_product_attention(grouped, keys.to(query.dtype), values.to(query.dtype), attn_mask=mask)
+    return out.reshape(num_seqs, num_heads, head_dim)
+
+
+def _prefill_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    context: int,
+    window: int | None,
+) -> torch.Tensor:
+    """A chunk of one sequence: query [tokens, heads, d] are the last `tokens` of `context` positions."""
+    num_tokens, num_heads, head_dim = query.shape
+    block_size, num_kv_heads = key_cache.shape[1:3]
+    blocks = block_table[: -(-context // block_size)]
+    groups = num_heads // num_kv_heads
+    keys = key_cache[blocks].view(-1, num_kv_heads, head_dim)[:context].transpose(0, 1)
+    values = value_cache[blocks].view(-1, num_kv_heads, head_dim)[:context].transpose(0, 1)
+    if groups > 1:
+        keys = keys.repeat_interleave(groups, dim=0)
+        values = values.repeat_interleave(groups, dim=0)
+    is_whole = num_tokens == context and (window is None or window >= context)
+    mask = None
+    if not is_whole:
+        own = torch.arange(context - num_tokens, context, device=query.device).unsqueeze(1)
+        at = torch.arange(context, device=query.device).unsqueeze(0)
+        mask = at <= own
+        if window is not None:
+            mask &= at > own - window
+    out = scaled_dot_product_attention(
+        query.transpose(0, 1).unsqueeze(0),
+        keys.unsqueeze(0).to(query.dtype),
+        values.unsqueeze(0).to(query.dtype),
+        attn_mask=mask,
+        is_causal=is_whole,
+    )
+    return out[0].transpose(0, 1)
+
+
+write_kv = Op("write_kv", _write_kv)
+paged_attention = Op("paged_attention", _paged_attention)

@@ -1,0 +1,41 @@
+"""Small ops around the matrix products: RMSNorm, rotary embedding, gated activation. References only for now."""
+
+from __future__ import annotations
+
+import torch
+
+from powertrain.kernels.op import Op
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root-mean-square norm over the last axis (Zhang & Sennrich 2019, arXiv 1910.07467).
+
+    x: [..., d] any float dtype; weight: [d]. The mean is taken in float32, the result has x's dtype.
+    """
+    if x.dtype == torch.float32:
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+    wide = x.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return wide.to(x.dtype) * weight
+
+
+def _apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding, half-split convention (Su et al. 2021, arXiv 2104.09864).
+
+    x: [tokens, heads, d]; cos, sin: [tokens, 1, d] with the two halves repeated and sin's first half negated, so that
+    the rotation is one multiply-add on x and one on x with its halves swapped.
+    """
+    half = x.shape[-1] // 2
+    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    return torch.addcmul(x * cos, swapped, sin)
+
+
+def _silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """SwiGLU's inner product (Shazeer 2020, arXiv 2002.05202): silu(gate) * up, for [tokens, 2 f] = gate | up."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+rms_norm = Op("rms_norm", _rms_norm)
+apply_rope = Op("apply_rope", _apply_rope)
+silu_mul = Op("silu_mul", _silu_mul)

@@ -1,0 +1,70 @@
+"""Products with weights that stay quantized in memory. References dequantize; torch's packed CPU kernels do not.
+
+On a CPU a product with few rows is bound by reading the weights, so multiplying the stored 4 or 8 bits wins; with many
+rows arithmetic dominates and one dequantization is shared by all of them, so the float product wins. The row counts
+where the two cross are measured (`benchmarks/cpu_matmul.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from powertrain.kernels.op import Op, Provider
+
+MAX_PACKED_ROWS_INT8 = 8
+MAX_PACKED_ROWS_INT4 = 32
+
+
+def _int8_linear(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x [rows, in] times (values * scale)^T; values int8 [out, in], scale [out]. Returns [rows, out] in x's dtype."""
+    return x @ (values.to(x.dtype) * scale.to(x.dtype).unsqueeze(1)).t()
+
+
+def _int8_linear_torch(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    # torch's kernel is fast with bfloat16 activations only
+    return torch._weight_int8pack_mm(x.to(torch.bfloat16), values, scale.to(torch.bfloat16)).to(x.dtype)
+
+
+def _accepts_int8(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return "torch's int8 kernel runs on a CPU"
+    if x.shape[0] > MAX_PACKED_ROWS_INT8:
+        return f"{x.shape[0]} rows: dequantizing once is faster above {MAX_PACKED_ROWS_INT8}"
+    return None
+
+
+def _int4_linear(
+    x: torch.Tensor, packed: torch.Tensor, nibbles: torch.Tensor, scale_and_zero: torch.Tensor, group_size: int
+) -> torch.Tensor:
+    """x [rows, in] times a 4-bit matrix, `w = (u - 8) * scale + zero` per group of inputs.
+
+    nibbles: uint8 [out, in / 2], the even input in the low half, u in 0..15; scale_and_zero: bfloat16 [groups, out, 2].
+    `packed` is the same matrix in the layout of torch's kernel, or empty where that kernel does not run.
+    Returns [rows, out] in x's dtype.
+    """
+    out_features = nibbles.shape[0]
+    unsigned = torch.stack((nibbles & 15, nibbles >> 4), dim=-1).view(out_features, -1, group_size)
+    scale, zero = (part.t().unsqueeze(-1).to(x.dtype) for part in scale_and_zero.unbind(-1))
+    weight = torch.addcmul(zero, unsigned.to(x.dtype) - 8, scale)
+    return x @ weight.view(out_features, -1).t()
+
+
+def _int4_linear_torch(
+    x: torch.Tensor, packed: torch.Tensor, nibbles: torch.Tensor, scale_and_zero: torch.Tensor, group_size: int
+) -> torch.Tensor:
+    narrow = x.to(torch.bfloat16)
+    return torch._weight_int4pack_mm_for_cpu(narrow, packed, group_size, scale_and_zero).to(x.dtype)
+
+
+def _accepts_int4(
+    x: torch.Tensor, packed: torch.Tensor, nibbles: torch.Tensor, scale_and_zero: torch.Tensor, group_size: int
+) -> str | None:
+    if x.device.type != "cpu" or packed.numel() == 0:
+        return "torch's int4 kernel is used on a CPU, with groups of 32, 64, 128 or 256 inputs"
+    if x.shape[0] > MAX_PACKED_ROWS_INT4:
+        return f"{x.shape[0]} rows: dequantizing once is faster above {MAX_PACKED_ROWS_INT4}"
+    return None
+
+
+int8_linear = Op("int8_linear", _int8_linear, (Provider("torch", _int8_linear_torch, _accepts_int8),))
+int4_linear = Op("int4_linear", _int4_linear, (Provider("torch", _int4_linear_torch, _accepts_int4),))

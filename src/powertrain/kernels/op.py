@@ -1,0 +1,50 @@
+"""An op is its reference; a provider is a faster way to the same values.
+
+Providers say `supported()` (this machine) and `accepts(*args)` (these arguments: None, or the reason why not). The
+first in the op's order that takes the arguments runs; the reference always can. `explain` tells which and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Provider(Generic[P, R]):
+    """One implementation. `accepts` returns None when it can run these arguments, else the reason."""
+
+    name: str
+    run: Callable[P, R]
+    accepts: Callable[P, str | None]
+    supported: Callable[[], str | None] = field(default=lambda: None)
+
+
+class Op(Generic[P, R]):
+    """A callable op: `op(*args)` runs the first provider that accepts the arguments, else the reference."""
+
+    def __init__(self, name: str, reference: Callable[P, R], providers: tuple[Provider[P, R], ...] = ()) -> None:
+        self.name = name
+        self.reference = reference
+        self.providers = tuple(p for p in providers if p.supported() is None)
+        self.unsupported = {p.name: p.supported() for p in providers if p.supported() is not None}
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        for provider in self.providers:
+            if provider.accepts(*args, **kwargs) is None:
+                return provider.run(*args, **kwargs)
+        return self.reference(*args, **kwargs)
+
+    def explain(self, *args: Any, **kwargs: Any) -> str:
+        """One line: who would run these arguments, and why each one before it would not."""
+        refusals = [f"{name}: {reason}" for name, reason in self.unsupported.items()]
+        for provider in self.providers:
+            reason = provider.accepts(*args, **kwargs)
+            if reason is None:
+                return f"{self.name}: {provider.name}" + (f" (not {'; '.join(refusals)})" if refusals else "")
+            refusals.append(f"{provider.name}: {reason}")
+        return f"{self.name}: reference" + (f" (not {'; '.join(refusals)})" if refusals else "")

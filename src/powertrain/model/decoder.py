@@ -1,0 +1,113 @@
+"""The one decoder: embedding, blocks, norm, head. It states its own bytes and operations."""
+
+from __future__ import annotations
+
+import torch
+
+from powertrain.kernels.attention import AttentionStep
+from powertrain.model.families import ModelConfig
+from powertrain.model.layers import Block, Linear, RMSNorm, Rope
+from powertrain.model.weights import Dense
+
+
+class KVCache:
+    """Keys and values of every layer, in blocks: each a tensor [blocks, block_size, kv_heads, d]."""
+
+    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, like: torch.Tensor) -> None:
+        """Takes device and dtype from `like`. Zeros, since a masked position still meets 0 * value."""
+        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        self.block_size = block_size
+        self.layers = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.num_layers)]
+
+
+class Decoder:
+    """A pre-norm decoder with rotary grouped-query attention, as all supported families are."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embedding: Dense,
+        blocks: list[Block],
+        norm: RMSNorm,
+        head: Linear,
+        rope: Rope,
+    ) -> None:
+        self.config = config
+        self.embedding = embedding
+        self.blocks = blocks
+        self.norm = norm
+        self.head = head
+        self.rope = rope
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.weight.dtype
+
+    @torch.inference_mode()
+    def forward(self, token_ids: torch.Tensor, step: AttentionStep, cache: KVCache) -> torch.Tensor:
+        """token_ids: int64 [tokens] of this step. Writes their keys and values, returns hidden [tokens, hidden]."""
+        x = self.embedding.rows(token_ids)
+        rope = self.rope.at(step.positions)
+        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
+            x = block(x, rope, layer_cache, step)
+        return x
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 logits [rows, vocab] of hidden [rows, hidden]; callers pass only the rows they need."""
+        return self.head(self.norm(hidden)).float()
+
+    @torch.inference_mode()
+    def score(self, token_ids: torch.Tensor, chunk: int = 512) -> torch.Tensor:
+        """Teacher-forced float32 logits [tokens, vocab] of one sequence, int64 [tokens].
+
+        Runs the engine's own path in chunks of `chunk` tokens; a small chunk takes the products for few rows.
+        """
+        num_tokens = token_ids.shape[0]
+        block_size = 16
+        num_blocks = -(-num_tokens // block_size)
+        cache = KVCache(self.config, num_blocks, block_size, self.norm.weight)
+        token_ids = token_ids.to(self.device)
+        table = torch.arange(num_blocks, device=self.device).unsqueeze(0)
+        parts = []
+        for start in range(0, num_tokens, chunk):
+            stop = min(start + chunk, num_tokens)
+            positions = torch.arange(start, stop, device=self.device)
+            step = AttentionStep(
+                positions=positions,
+                slots=positions,
+                query_lens=[stop - start],
+                context_lens=[stop],
+                block_tables=table,
+                context_lens_tensor=torch.tensor([stop], device=self.device),
+                num_decodes=1 if stop - start == 1 else 0,
+            )
+            parts.append(self.logits(self.forward(token_ids[start:stop], step, cache)))
+        return torch.cat(parts)
+
+    def linears(self) -> list[Linear]:
+        return [linear for block in self.blocks for linear in block.linears()] + [self.head]
+
+    def step_bytes(self) -> int:
+        """Bytes of weights one decode step reads: all products, not the embedding table's other rows."""
+        return sum(linear.step_bytes() for linear in self.linears())
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights in memory; a head that shares the embedding counts once."""
+        shared = self.embedding in self.head.formats
+        return sum(linear.nbytes() for linear in self.linears()) + (0 if shared else self.embedding.nbytes())
+
+    def kv_bytes_per_token(self) -> int:
+        return self.config.kv_bytes_per_token(self.norm.weight.element_size())
+
+    def flops_per_token(self, context: int) -> int:
+        return self.config.flops_per_token(context)
+
+    def formats(self) -> list[str]:
+        """The distinct weight formats of the body and the head, for start lines and records."""
+        names = {weight.name for linear in self.linears() for weight in linear.formats}
+        return sorted(names)

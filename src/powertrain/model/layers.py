@@ -1,0 +1,145 @@
+"""The decoder's parts, each a few tensors and one call."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from powertrain.kernels.attention import AttentionStep, paged_attention, write_kv
+from powertrain.kernels.fused import apply_rope, rms_norm, silu_mul
+from powertrain.model.families import ModelConfig
+from powertrain.model.weights import WeightFormat
+
+
+class Linear:
+    """x [tokens, in] -> [tokens, out] through a weight format. Several formats side by side are one wider output."""
+
+    def __init__(self, formats: list[WeightFormat], bias: torch.Tensor | None = None) -> None:
+        self.formats = formats
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [weight.matmul(x) for weight in self.formats]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return out if self._bias is None else out + self._bias
+
+    def step_bytes(self) -> int:
+        return sum(weight.step_bytes() for weight in self.formats)
+
+    def nbytes(self) -> int:
+        return sum(weight.nbytes() for weight in self.formats)
+
+
+@dataclass(frozen=True, slots=True)
+class RMSNorm:
+    weight: torch.Tensor
+    eps: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Rope:
+    """Tables of rotary angles for every position up to the model's length, in the layout `apply_rope` wants."""
+
+    def __init__(self, config: ModelConfig, max_position: int, device: torch.device, dtype: torch.dtype) -> None:
+        frequencies = rope_frequencies(config)
+        angles = torch.outer(torch.arange(max_position, dtype=torch.float32), frequencies)
+        cos, sin = angles.cos(), angles.sin()
+        self._cos = torch.cat((cos, cos), dim=-1).to(device, dtype).unsqueeze(1)
+        self._sin = torch.cat((-sin, sin), dim=-1).to(device, dtype).unsqueeze(1)
+
+    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [tokens, 1, d] for one step; shared by all layers."""
+        return self._cos[positions], self._sin[positions]
+
+
+def rope_frequencies(config: ModelConfig) -> torch.Tensor:
+    """Angle per position of each pair of dimensions, float32 [d / 2], with the config's long-context scaling.
+
+    The `llama3` rule is the one published with Llama 3.1 (arXiv 2407.21783): wavelengths above the original context
+    divided by `low_freq_factor` are stretched in full, those below it over `high_freq_factor` not at all.
+    """
+    dims = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+    frequencies = 1.0 / config.rope_theta ** (dims / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "factors":
+        return frequencies / torch.tensor(scaling.factors, dtype=torch.float32)
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    wavelengths = 2 * math.pi / frequencies
+    turns = scaling.original_max_position / wavelengths
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0.0, 1.0)
+    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Grouped-query attention over the paged cache: one product for q, k and v, rotation, cache write, attention."""
+
+    qkv: Linear
+    output: Linear
+    query_norm: RMSNorm | None
+    key_norm: RMSNorm | None
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int | None
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        cache: tuple[torch.Tensor, torch.Tensor],
+        step: AttentionStep,
+    ) -> torch.Tensor:
+        qkv = self.qkv(x).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+        num_rotated = self.num_heads + self.num_kv_heads
+        if self.query_norm is not None and self.key_norm is not None:
+            query = self.query_norm(qkv[:, : self.num_heads])
+            key = self.key_norm(qkv[:, self.num_heads : num_rotated])
+            rotated = apply_rope(torch.cat((query, key), dim=1), *rope)
+        else:
+            rotated = apply_rope(qkv[:, :num_rotated], *rope)
+        write_kv(rotated[:, self.num_heads :], qkv[:, num_rotated:], *cache, step)
+        out = paged_attention(rotated[:, : self.num_heads], *cache, step, self.window)
+        return self.output(out.reshape(x.shape[0], -1))
+
+
+@dataclass(frozen=True, slots=True)
+class GatedMLP:
+    """down(silu(gate(x)) * up(x)), gate and up as one product."""
+
+    gate_up: Linear
+    down: Linear
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(silu_mul(self.gate_up(x)))
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One pre-norm transformer layer."""
+
+    attention_norm: RMSNorm
+    attention: Attention
+    mlp_norm: RMSNorm
+    mlp: GatedMLP
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        cache: tuple[torch.Tensor, torch.Tensor],
+        step: AttentionStep,
+    ) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, cache, step)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def linears(self) -> list[Linear]:
+        return [self.attention.qkv, self.attention.output, self.mlp.gate_up, self.mlp.down]

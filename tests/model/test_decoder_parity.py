@@ -1,0 +1,61 @@
+"""Our logits against transformers', family by family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from powertrain.checkpoint.load import load_model
+from powertrain.checkpoint.source import open_checkpoint
+from powertrain.types import ModelFileError
+
+FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("chunk", [512, 7, 1])
+def test_float32_logits_equal_transformers(tiny_model_dir, family, chunk):
+    folder = tiny_model_dir(family)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = load_model(open_checkpoint(folder), "cpu", torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, ours.config.vocab_size, (90,), generator=generator)
+    with torch.inference_mode():
+        expected = theirs(ids.unsqueeze(0)).logits[0].float()
+    logits = ours.score(ids, chunk=chunk)
+    assert expected.std() > 0.05, "flat logits would hide a difference"
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_stories260k_logits_equal_transformers(stories260k_dir):
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(stories260k_dir, dtype=torch.float32).eval()
+    ours = load_model(open_checkpoint(stories260k_dir), "cpu", torch.float32)
+    ids = torch.randint(3, 512, (200,), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = theirs(ids.unsqueeze(0)).logits[0]
+    torch.testing.assert_close(ours.score(ids), expected, atol=1e-4, rtol=0)
+
+
+def test_weight_bytes_count_a_tied_head_once(tiny_model_dir):
+    model = load_model(open_checkpoint(tiny_model_dir("llama")), "cpu", torch.float32)
+    total = sum(
+        t.numel() * 4
+        for t in transformers.AutoModelForCausalLM.from_pretrained(
+            tiny_model_dir("llama"), dtype=torch.float32
+        ).parameters()
+    )
+    norms = (2 * model.config.num_layers + 1) * model.config.hidden_size * 4
+    assert model.weight_bytes() == total - norms
+
+
+def test_a_missing_tensor_is_named(tiny_model_dir, tmp_path):
+    import json
+    import shutil
+
+    folder = shutil.copytree(tiny_model_dir("llama"), tmp_path / "broken")
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelFileError, match=r"model\.layers\.2\..* is missing"):
+        load_model(open_checkpoint(folder), "cpu", torch.float32)

@@ -42,11 +42,16 @@ def _int4_linear(
     `packed` is the same matrix in the layout of torch's kernel, or empty where that kernel does not run.
     Returns [rows, out] in x's dtype.
     """
-    out_features = nibbles.shape[0]
-    unsigned = torch.stack((nibbles & 15, nibbles >> 4), dim=-1).view(out_features, -1, group_size)
-    scale, zero = (part.t().unsqueeze(-1).to(x.dtype) for part in scale_and_zero.unbind(-1))
-    weight = torch.addcmul(zero, unsigned.to(x.dtype) - 8, scale)
-    return x @ weight.view(out_features, -1).t()
+    return x @ dequantize_int4(nibbles, scale_and_zero, x.dtype).t()
+
+
+def dequantize_int4(nibbles: torch.Tensor, scale_and_zero: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix [out, in] behind `nibbles` and `scale_and_zero` (see `_int4_linear`), in `dtype`."""
+    groups, out_features, _ = scale_and_zero.shape
+    unsigned = torch.stack((nibbles & 15, nibbles >> 4), dim=-1)
+    scale, zero = (part.t().unsqueeze(-1).to(dtype) for part in scale_and_zero.unbind(-1))
+    weight = unsigned.view(out_features, groups, -1).to(dtype).sub_(8).mul_(scale).add_(zero)
+    return weight.view(out_features, -1)
 
 
 def _int4_linear_torch(

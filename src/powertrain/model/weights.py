@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from powertrain.kernels.matmul import int4_linear, int8_linear
+from powertrain.kernels.matmul import dequantize_int4, int4_linear, int8_linear
 from powertrain.types import ModelFileError
 
 
@@ -151,10 +151,7 @@ class Int4Group:
         return int4_linear(x, self._packed, self._nibbles, self._scale_and_zero, self._group_size)
 
     def unpack(self) -> torch.Tensor:
-        unsigned = torch.stack((self._nibbles & 15, self._nibbles >> 4), dim=-1)
-        unsigned = unsigned.view(self.out_features, -1, self._group_size).float()
-        scale, zero = (part.t().unsqueeze(-1).float() for part in self._scale_and_zero.unbind(-1))
-        return ((unsigned - 8) * scale + zero).view(self.out_features, -1)
+        return dequantize_int4(self._nibbles, self._scale_and_zero, torch.float32)
 
     def step_bytes(self) -> int:
         return self._nibbles.numel() + self._scale_and_zero.numel() * 2

@@ -8,13 +8,13 @@ port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); 
 server=
 
 run() {
-    printf '\n\033[1m$ %s\033[0m\n' "$*"
+    printf '\n$ %s\n' "$*"
     "$@"
 }
 
 stop_server() {
     if [[ -n $server ]]; then
-        kill -TERM "$server" 2>/dev/null || true
+        kill -TERM "$server"
         wait "$server"
         server=
     fi
@@ -25,8 +25,10 @@ run powertrain pull smollm2
 
 run powertrain optimize smollm2 "$out" --tpot-ms 50 --max-kl 0.05 --batch 4
 
-printf '\n\033[1m$ powertrain serve %s --port %s &\033[0m\n' "$out" "$port"
-powertrain serve "$out" --port "$port" &
+# The record holds the line that serves the winner. `exec` makes the server the process that is stopped below.
+serve="$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["serve"])' "$out/record.json") --port $port"
+printf '\n$ %s &\n' "$serve"
+eval "exec $serve" &
 server=$!
 
 run python examples/chat_stream.py "http://127.0.0.1:$port" "Explain in two sentences why the sky is blue."

@@ -1,0 +1,207 @@
+"""What to do to which layer: an ordered list of steps, from YAML, a dictionary, a preset name or Python."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from powertrain.types import PowertrainError, QuantScheme
+
+CHANNEL = "channel"
+"""The group size that means one group per output row."""
+
+HEAD = "lm_head"
+
+SCHEMES: dict[str, QuantScheme] = {
+    "W4A16": QuantScheme(num_bits=4, group_size=64),
+    "W4A16_ASYM": QuantScheme(num_bits=4, group_size=64, symmetric=False),
+    "W8A16": QuantScheme(num_bits=8),
+    "W8A16_ASYM": QuantScheme(num_bits=8, symmetric=False),
+}
+"""Scheme names of compressed-tensors with the group size used when a step gives none.
+
+Theirs is 128 for 4 bits, which does not divide the rows of many small models (576 = 9 * 64); so it is 64 here.
+"""
+
+METHODS = ("rtn",)
+_STEP_KEYS = ("match", "ignore", "method", "scheme", "group_size", "group_size_fallback")
+_RECIPE_KEYS = ("name", "steps")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One rule: the layers whose name matches get this method and scheme.
+
+    `match` and `ignore` hold layer names (`model.layers.0.mlp.up_proj`), `re:` patterns matched from the start of the
+    name, or `Linear` for every matrix of the decoder layers. `group_size_fallback` "nearest" takes, where the group
+    size does not divide a row, the nearest one that does; "refuse" stops with an error.
+    """
+
+    match: tuple[str, ...]
+    scheme_name: str
+    scheme: QuantScheme
+    method: Literal["rtn"] = "rtn"
+    ignore: tuple[str, ...] = ()
+    group_size_fallback: Literal["refuse", "nearest"] = "refuse"
+
+    def matches(self, layer: str) -> bool:
+        return any(_matches(p, layer) for p in self.match) and not any(_matches(p, layer) for p in self.ignore)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The step as a recipe file would have it, every default written out."""
+        return {
+            "match": list(self.match),
+            "ignore": list(self.ignore),
+            "method": self.method,
+            "scheme": self.scheme_name,
+            "group_size": self.scheme.group_size or CHANNEL,
+            "group_size_fallback": self.group_size_fallback,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Ordered steps. A layer that two steps would quantize is an error, one that none matches stays as it is."""
+
+    name: str
+    steps: tuple[Step, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "steps": [step.to_dict() for step in self.steps]}
+
+    def assign(self, layers: Sequence[str]) -> dict[str, Step]:
+        """Which step each layer gets (layers that none matches are absent).
+
+        Raises `PowertrainError` if a layer is matched twice, naming both steps, or if a step matches nothing.
+        """
+        chosen: dict[str, int] = {}
+        for number, step in enumerate(self.steps):
+            matched = [layer for layer in layers if step.matches(layer)]
+            if not matched:
+                examples = ", ".join(layers[:3])
+                raise PowertrainError(f"{_where(number)}: match {_quoted(step.match)} fits no layer (e.g. {examples})")
+            for layer in matched:
+                if layer in chosen:
+                    first = f"steps[{chosen[layer]}] ({_quoted(self.steps[chosen[layer]].match)})"
+                    second = f"steps[{number}] ({_quoted(step.match)})"
+                    raise PowertrainError(f"{layer} is matched by {first} and by {second}; add it to one step's ignore")
+                chosen[layer] = number
+        return {layer: self.steps[chosen[layer]] for layer in layers if layer in chosen}
+
+
+def load_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
+    """A recipe from a preset name (`W4A16`), a YAML or JSON file, a dictionary, or itself.
+
+    Raises `PowertrainError` naming the unknown preset, key, method or scheme, and the file it stands in.
+    """
+    if isinstance(source, Recipe):
+        return source
+    if isinstance(source, Mapping):
+        return _parse_recipe(source, "recipe")
+    if str(source) in SCHEMES:
+        return _parse_recipe({"steps": [{"match": "Linear", "scheme": str(source)}]}, str(source))
+    path = Path(source)
+    if not path.is_file():
+        presets = ", ".join(SCHEMES)
+        raise PowertrainError(f"recipe {str(source)!r} is neither a file nor a preset; the presets are {presets}")
+    return _parse_recipe(_read_yaml(path), path.stem, where=str(path))
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise PowertrainError(f"{path}: not a readable recipe: {reason}") from None
+    if not isinstance(value, Mapping):
+        raise PowertrainError(f"{path}: a recipe is a mapping with `steps:`, found {type(value).__name__}")
+    return value
+
+
+def _parse_recipe(value: Mapping[str, Any], name: str, where: str = "recipe") -> Recipe:
+    _refuse_unknown_keys(value, _RECIPE_KEYS, where)
+    steps = value.get("steps")
+    if not isinstance(steps, Sequence) or isinstance(steps, str) or not steps:
+        raise PowertrainError(f"{where}: steps must be a list of at least one step")
+    parsed = tuple(_parse_step(step, _where(number, where)) for number, step in enumerate(steps))
+    return Recipe(name=str(value.get("name", name)), steps=parsed)
+
+
+def _parse_step(value: Any, where: str) -> Step:
+    if isinstance(value, Step):
+        return value
+    if not isinstance(value, Mapping):
+        raise PowertrainError(f"{where}: a step is a mapping like {{match: Linear, scheme: W4A16}}, got {value!r}")
+    _refuse_unknown_keys(value, _STEP_KEYS, where)
+    method = _one_of(value.get("method", "rtn"), METHODS, f"{where}.method")
+    scheme_name = _one_of(value.get("scheme"), tuple(SCHEMES), f"{where}.scheme")
+    fallback = _one_of(
+        value.get("group_size_fallback", "refuse"), ("refuse", "nearest"), f"{where}.group_size_fallback"
+    )
+    return Step(
+        match=_patterns(value.get("match") or None, f"{where}.match"),
+        ignore=_patterns(value.get("ignore", []), f"{where}.ignore"),
+        method="rtn" if method == "rtn" else method,  # type: ignore[arg-type]
+        scheme_name=scheme_name,
+        scheme=_scheme(scheme_name, value, where),
+        group_size_fallback="nearest" if fallback == "nearest" else "refuse",
+    )
+
+
+def _scheme(name: str, step: Mapping[str, Any], where: str) -> QuantScheme:
+    scheme = SCHEMES[name]
+    if "group_size" not in step:
+        return scheme
+    size = step["group_size"]
+    if size == CHANNEL:
+        return QuantScheme(num_bits=scheme.num_bits, symmetric=scheme.symmetric)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise PowertrainError(f"{where}.group_size must be a positive integer or `{CHANNEL}`, got {size!r}")
+    return QuantScheme(num_bits=scheme.num_bits, group_size=size, symmetric=scheme.symmetric)
+
+
+def _patterns(value: Any, where: str) -> tuple[str, ...]:
+    patterns = (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, Sequence) or not all(isinstance(p, str) and p for p in patterns):
+        raise PowertrainError(
+            f"{where} must be a layer name, `re:` pattern or `Linear`, or a list of them; got {value!r}"
+        )
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise PowertrainError(f"{where}: {pattern!r} is not a regular expression: {error}") from None
+    return tuple(patterns)
+
+
+def _matches(pattern: str, layer: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], layer) is not None
+    return layer == pattern or (pattern == "Linear" and layer != HEAD)
+
+
+def _refuse_unknown_keys(value: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in value:
+        if key not in known:
+            raise PowertrainError(f"{where}: unknown key {key!r}; the known ones are {', '.join(known)}")
+
+
+def _one_of(value: Any, known: Sequence[str], where: str) -> str:
+    if value not in known:
+        problem = "is missing" if value is None else f"is unknown: {value!r}"
+        raise PowertrainError(f"{where} {problem}; the known ones are {', '.join(known)}")
+    return str(value)
+
+
+def _where(number: int, recipe: str = "recipe") -> str:
+    return f"{recipe}: steps[{number}]"
+
+
+def _quoted(patterns: Sequence[str]) -> str:
+    return ", ".join(repr(pattern) for pattern in patterns)

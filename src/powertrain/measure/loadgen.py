@@ -52,7 +52,8 @@ class Load:
     def __post_init__(self) -> None:
         if (self.concurrency is None) == (self.rate is None):
             raise PowertrainError("give one of --concurrency (closed loop) and --rate (open loop)")
-        if (self.concurrency or 1) < 1 or not (self.rate or 1.0) > 0 or self.num_requests < 1:
+        intensity = self.rate if self.rate is not None else self.concurrency or 0
+        if not intensity > 0 or self.num_requests < 1:
             raise PowertrainError("--concurrency, --rate and --num-requests must be positive")
         if self.prompt_words < 1 or self.max_tokens < 1 or not 0 <= self.cancel_share <= 1:
             raise PowertrainError("--prompt and --output must be at least 1, --cancel-share in [0, 1]")

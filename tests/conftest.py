@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,20 @@ def smollm2_gguf() -> Path:
     if not path.is_file():
         pytest.skip("the default model is not in the cache: run `powertrain pull smollm2`")
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The default model as a float32 folder of 540 MB, for judges that read GGUF slowly; only for `big` tests."""
+    from powertrain.checkpoint.safetensors_folder import write_checkpoint
+    from powertrain.checkpoint.source import iterate, open_checkpoint
+    from powertrain.checkpoint.tokenizer_files import hugging_face_files
+
+    source = open_checkpoint(smollm2_gguf)
+    out = tmp_path_factory.mktemp("smollm2") / "model"
+    write_checkpoint(out, source.config, iterate(source), hugging_face_files(smollm2_gguf))
+    yield out
+    shutil.rmtree(out)
 
 
 @pytest.fixture(scope="session")

@@ -144,6 +144,17 @@ def test_default_model(smollm2_gguf: Path) -> None:
     assert checkpoint.load("model.layers.29.mlp.down_proj.weight").isfinite().all()
 
 
+@pytest.mark.big
+def test_default_model_speaks_in_transformers(smollm2_dir: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2_dir)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    text = tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0])
+    assert "Paris" in text  # with q/k rows in the wrong order it would be noise
+
+
 # ---- damaged and hostile files ----
 
 

@@ -53,7 +53,7 @@ class Rope:
 
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [tokens, 1, d] for one step; shared by all layers."""
-        return self._cos[positions], self._sin[positions]
+        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
 
 def rope_frequencies(config: ModelConfig) -> torch.Tensor:

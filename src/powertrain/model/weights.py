@@ -75,7 +75,9 @@ class Dense:
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """Rows of the matrix [out, in] by index: what an embedding shared with the head needs."""
-        return self._weight[:, index].t().contiguous() if self._is_input_major else self._weight[index]
+        if self._is_input_major:
+            return self._weight.index_select(1, index).t().contiguous()
+        return self._weight.index_select(0, index)
 
     def unpack(self) -> torch.Tensor:
         return self._weight.t() if self._is_input_major else self._weight

@@ -68,7 +68,7 @@ def test_one_warning_per_grid_with_counts():
     first, second = describe_leaks(grids)
     assert first.startswith("source is already quantized: 2 of 4 matrices (e.g. a) lie on a grid of 4 bits")
     assert "not a loss measurement" in first
-    assert "1 of 4 matrices (e.g. d) lie on a grid of 8 bits with groups of 32" in second
+    assert "1 of 4 matrices (e.g. d) lie on a grid of 8 bits in groups of 32" in second
     assert describe_leaks([("a", None)]) == []
 
 

@@ -104,7 +104,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(bad):
 
 
 def test_scales_beyond_float16_are_refused_and_tiny_ones_stay_above_zero():
-    with pytest.raises(PowertrainError, match="too large for torch.float16"):
+    with pytest.raises(PowertrainError, match="too large for torch"):
         rtn(torch.full((1, 32), 1e6), QuantScheme(num_bits=4), scale_dtype=torch.float16)
     quantized, _ = rtn(torch.full((1, 32), 1e-9), QuantScheme(num_bits=4), scale_dtype=torch.float16)
     assert bool((quantized.scale > 0).all())

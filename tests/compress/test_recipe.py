@@ -91,7 +91,7 @@ def test_what_is_unknown_is_refused_by_name(recipe, message: str):
 def test_an_unreadable_file_is_named(tmp_path: Path, content: str):
     file = tmp_path / "bad.yaml"
     file.write_text(content)
-    with pytest.raises(PowertrainError, match="bad.yaml") as caught:
+    with pytest.raises(PowertrainError, match=r"bad\.yaml") as caught:
         load_recipe(file)
     assert "\n" not in str(caught.value)
 
@@ -99,7 +99,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, content: str):
 def test_yaml_cannot_run_code(tmp_path: Path):
     file = tmp_path / "evil.yaml"
     file.write_text(f"steps: !!python/object/apply:os.mkdir ['{tmp_path / 'made'}']\n")
-    with pytest.raises(PowertrainError, match="evil.yaml"):
+    with pytest.raises(PowertrainError, match=r"evil\.yaml"):
         load_recipe(file)
     assert not (tmp_path / "made").exists()
 

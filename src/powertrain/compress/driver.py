@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from powertrain.checkpoint.compressed_tensors import int_weight_tensors, quantization_config
+from powertrain.checkpoint.hub import resolve_model
 from powertrain.checkpoint.safetensors_folder import write_checkpoint
 from powertrain.checkpoint.source import Checkpoint, open_checkpoint
 from powertrain.compress.leak import Grid, describe_leaks, find_grid
@@ -102,7 +103,7 @@ def plan_compression(
     model: str | Path, recipe: str | Path | Mapping[str, Any] | Recipe, *, dtype: str = "auto"
 ) -> CompressionPlan:
     """What `compress` would do, without reading a weight: `print(plan.table())`. Raises what `compress` would."""
-    return make_plan(open_checkpoint(_resolve(model)), load_recipe(recipe), dtype)
+    return make_plan(open_checkpoint(resolve_model(model)), load_recipe(recipe), dtype)
 
 
 def compress(
@@ -123,7 +124,7 @@ def compress(
     """
     started = time.perf_counter()
     parsed = load_recipe(recipe)
-    checkpoint = open_checkpoint(_resolve(model))
+    checkpoint = open_checkpoint(resolve_model(model))
     plan = make_plan(checkpoint, parsed, dtype)
     writer = _Writer(checkpoint, plan, progress)
     extra_files: dict[str, bytes | str] = _text_files(checkpoint)
@@ -137,14 +138,6 @@ def compress(
 
     write_checkpoint(Path(out), _config(checkpoint, plan), tensors(), extra_files, overwrite=overwrite)
     return reports[0]
-
-
-def _resolve(model: str | Path) -> Path:
-    if Path(model).exists():
-        return Path(model)
-    from powertrain.checkpoint.hub import resolve_model
-
-    return resolve_model(str(model))
 
 
 class _Writer:

@@ -78,6 +78,6 @@ def describe_leaks(grids: Iterable[tuple[str, Grid | None]]) -> list[str]:
             names.setdefault(grid, []).append(name)
     return [
         f"source is already quantized: {len(found)} of {num_matrices} matrices (e.g. {found[0]}) lie on a "
-        f"grid of {grid.num_bits} bits with groups of {grid.group_size}; results at this grid are not a loss measurement"
+        f"grid of {grid.num_bits} bits in groups of {grid.group_size}; results at this grid are not a loss measurement"
         for grid, found in sorted(names.items(), key=lambda item: -len(item[1]))
     ]

@@ -1,0 +1,97 @@
+"""Text sampled from a model itself: the evaluation data for which nobody needs a data set.
+
+A model's own samples are what it will be asked to continue in service, and the expected KL divergence under them is
+the divergence between the two models as generators of whole texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from powertrain.config import EngineConfig
+from powertrain.engine.core import Engine
+from powertrain.measure.text_data import Window
+from powertrain.model.decoder import Decoder
+from powertrain.tokenizer import Tokenizer
+from powertrain.types import PowertrainError, Request, SamplingParams
+
+Progress = Callable[[str, float, float | None], None]
+
+MAX_BATCH = 32
+
+# Openings for a model with a chat template: the kinds of things people ask, and no evaluation item.
+_QUESTIONS = (
+    "Tell me a short story about a lighthouse.",
+    "Explain how a bicycle stays upright.",
+    "Write a Python function that reverses a list.",
+    "What should I cook tonight with rice and eggs?",
+    "Summarize the causes of the tides in three sentences.",
+    "Write a polite email asking for a day off.",
+    "Give me five ideas for a rainy afternoon.",
+    "What is the difference between weather and climate?",
+)
+# Openings for a model that has neither a template nor a token to begin with.
+_BEGINNINGS = ("The", "In", "A", "It was", "When", "There", "One day", "How")
+
+
+def sample_windows(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    *,
+    num_tokens: int,
+    window: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Window]:
+    """Windows of `window` tokens that the model wrote at temperature 1, about `num_tokens` in all.
+
+    The openings (answers to a few questions where there is a chat template, the bare first token in between) are
+    context: only sampled tokens are scored. Each window has its own seed, so the same arguments give the same text on
+    the same machine. Raises `PowertrainError` if a sequence fails.
+    """
+    num_windows = max(1, num_tokens // window)
+    openings = [_opening(tokenizer, index, window) for index in range(num_windows)]
+    engine = Engine(decoder, _engine_config(decoder, min(MAX_BATCH, num_windows), window), "reference")
+    for index, opening in enumerate(openings):
+        sampling = SamplingParams(
+            temperature=1.0, max_tokens=window - len(opening), ignore_eos=True, seed=seed * 1_000_003 + index
+        )
+        engine.add(Request(request_id=str(index), prompt_token_ids=opening, sampling=sampling))
+    sampled = _run(engine, num_windows, sum(window - len(opening) for opening in openings), progress)
+    return [Window((*opening, *ids), len(opening)) for opening, ids in zip(openings, sampled, strict=True)]
+
+
+def _engine_config(decoder: Decoder, batch: int, window: int) -> EngineConfig:
+    """As little engine as does it: a pool that just holds the batch, which may be short where memory is not."""
+    block_size = 16
+    return EngineConfig.from_options(
+        device=decoder.device.type,
+        dtype=str(decoder.dtype).removeprefix("torch."),
+        max_model_len=window,
+        max_num_seqs=batch,
+        block_size=block_size,
+        num_blocks=batch * -(-window // block_size),
+    )
+
+
+def _run(engine: Engine, num_windows: int, num_tokens: int, progress: Progress | None) -> list[list[int]]:
+    sampled: list[list[int]] = [[] for _ in range(num_windows)]
+    while engine.has_work():
+        for output in engine.step():
+            if output.error is not None:
+                raise PowertrainError(f"the reference could not write its own text: {output.error}")
+            sampled[int(output.request_id)].extend(output.token_ids)
+        if progress is not None:
+            progress("sample text", sum(map(len, sampled)), num_tokens)
+    return sampled
+
+
+def _opening(tokenizer: Tokenizer, index: int, window: int) -> tuple[int, ...]:
+    """At least one token and at most half a window."""
+    first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else list(tokenizer.eos_token_ids[:1])
+    if tokenizer.chat_template is not None and index % 2 == 0:
+        question = _QUESTIONS[index // 2 % len(_QUESTIONS)]
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": question}])
+        if len(ids) <= window // 2:
+            return tuple(ids)
+    return tuple(first or tokenizer.encode(_BEGINNINGS[index % len(_BEGINNINGS)])[: max(1, window // 2)])

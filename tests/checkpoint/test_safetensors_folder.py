@@ -219,6 +219,13 @@ def test_nothing_there(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "absent")
     with pytest.raises(ModelFileError, match=r"no config\.json"):
         open_checkpoint(tmp_path)
+    (tmp_path / "weights.bin").write_bytes(pickle.dumps({}))
+    with pytest.raises(ModelFileError, match=r"not a \.gguf file"):
+        open_checkpoint(tmp_path / "weights.bin")
+    (tmp_path / "a.gguf").touch()
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(ModelFileError, match=r"2 \.gguf files: give the path of one"):
+        open_checkpoint(tmp_path)
 
 
 def test_other_peoples_folders_are_not_overwritten(tmp_path: Path) -> None:

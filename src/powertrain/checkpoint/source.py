@@ -51,13 +51,17 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return GGUFCheckpoint(path)
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
-        if len(ggufs) == 1 and not (path / "config.json").exists():
+        if ggufs and not (path / "config.json").exists():
+            if len(ggufs) > 1:
+                raise ModelFileError(f"{path}: {len(ggufs)} .gguf files: give the path of one, such as {ggufs[0].name}")
             from powertrain.checkpoint.gguf import GGUFCheckpoint
 
             return GGUFCheckpoint(ggufs[0])
         from powertrain.checkpoint.safetensors_folder import SafetensorsCheckpoint
 
         return SafetensorsCheckpoint(path)
+    if path.exists():
+        raise ModelFileError(f"{path}: not a .gguf file; for safetensors give the folder that holds config.json")
     raise ModelFileError(f"{path}: no such model file or folder; `powertrain pull smollm2` fetches the default model")
 
 

@@ -199,8 +199,8 @@ def _places(x: float, y: float, width: float) -> list[Box]:
     for step in range(24):
         away = step * _LINE / 2
         up, down = y - 20 - away, y + 20 + away
-        spots = [(x - width / 2, up), (x - 16 - width, y - away), (x + 16, y - away), (x - width / 2, down)]
-        spots += [(x - 16 - width, y + away), (x + 16, y + away), (x - 10 - width, up), (x + 10, up)]
+        spots = [(x - width / 2, up), (x - 18 - width, y - away), (x + 18, y - away), (x - width / 2, down)]
+        spots += [(x - 18 - width, y + away), (x + 18, y + away), (x - 10 - width, up), (x + 10, up)]
         places += [(left, middle - _LINE / 2, left + width, middle + _LINE / 2) for left, middle in spots]
     return places
 

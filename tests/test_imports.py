@@ -18,7 +18,7 @@ TOKENIZER = {"tokenizer", "tokenizer_gguf", "chat_template"}
 BASE = {"types", "config"}
 MODEL = BASE | {"kernels", "model"}
 CHECKPOINT = MODEL | TOKENIZER | {"checkpoint"}
-FACES = CHECKPOINT | {"engine", "llm", "serve"}
+FACES = CHECKPOINT | {"engine", "llm", "outputs", "serve"}
 EVERYTHING = FACES | {"compress", "measure", "optimize", "cli", "cli_options"}
 
 MAY_IMPORT = {
@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "checkpoint": CHECKPOINT,
     "compress": CHECKPOINT | {"compress"},
     "engine": CHECKPOINT | {"engine"},
+    "outputs": TOKENIZER | {"types"},
     "llm": FACES,
     "serve": FACES,
     "measure": EVERYTHING - {"cli", "cli_options"},

@@ -143,6 +143,16 @@ def test_no_half_character_is_ever_shown(text: str) -> None:
         assert detokenizer.text == text
 
 
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=2, max_size=6), min_size=1, max_size=3))
+@settings(max_examples=400, deadline=None)
+def test_stop_strings_that_overlap_themselves_are_found(text: str, stop: list[str]) -> None:
+    tokenizer = tokenizer_of("byte_level")
+    detokenizer = Detokenizer(tokenizer, stop)
+    shown = "".join(detokenizer.push([token_id]) for token_id in tokenizer.encode(text)) + detokenizer.finish()
+    end, one = first_stop(text, stop) or (len(text), "")
+    assert (shown, detokenizer.stopped_by) == (text[: end - len(one)], one or None)
+
+
 def test_text_is_shown_as_soon_as_no_stop_string_can_hold_it() -> None:
     tokenizer = tokenizer_of("byte_level")
     detokenizer = Detokenizer(tokenizer, ["stop now"])

@@ -55,7 +55,8 @@ class _Model:
         config = config or EngineConfig.from_options(**options)
         path = resolve_model(name)
         tokenizer = load_tokenizer(path)
-        generation = open_checkpoint(path).generation_config
+        # A GGUF file holds no sampling defaults, and reading its header again takes a tenth of a second.
+        generation = {} if path.is_file() else open_checkpoint(path).generation_config
         defaults = {key: generation[key] for key in GENERATION_CONFIG_KEYS if generation.get(key) is not None}
         try:
             sampling = SamplingParams(**defaults)

@@ -132,9 +132,14 @@ def test_no_copy_is_made_of_the_model_as_it_is(source: Path, tmp_path: Path, lim
 
 def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt), workspace(out) as work:
-        (work / "big").write_text("weights")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with workspace(out) as work:
+            (work / "big").write_text("weights")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(out.iterdir()) == []
 
 

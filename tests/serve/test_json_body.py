@@ -31,9 +31,10 @@ def test_reads_what_json_writes(value: dict[str, object], ensure_ascii: bool) ->
 @given(st.binary(max_size=64))
 def test_any_bytes_are_an_object_or_a_clean_refusal(body: bytes) -> None:
     try:
-        assert isinstance(parse_json_object(body), dict)
-    except InvalidRequest as error:
-        assert error.message
+        value = parse_json_object(body)
+    except InvalidRequest:
+        return
+    assert isinstance(value, dict)
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,8 @@ class GuardedConnection(h11.Connection):
         self._num_body_bytes = self._num_chunks = 0
         headers = list(request.headers)
         num_bytes = len(request.target) + sum(len(name) + len(value) + 4 for name, value in headers)
+        if request.http_version not in (b"1.0", b"1.1"):
+            raise RefusedError("the HTTP version must be 1.0 or 1.1", 505)
         if len(headers) > limits.max_header_count:
             raise RefusedError(f"more than {limits.max_header_count} headers", 431)
         if num_bytes > limits.max_header_bytes:

@@ -24,7 +24,7 @@ def num_cache_blocks(model: Decoder, config: EngineConfig, max_model_len: int) -
     block_bytes = model.kv_bytes_per_token() * config.cache.block_size
     budget = config.cache.kv_cache_memory_bytes
     if budget is None:
-        budget = _cuda_budget(model, config) if model.device.type == "cuda" else _cpu_budget()
+        budget = _cuda_budget(model, config, max_model_len) if model.device.type == "cuda" else _cpu_budget()
     blocks_per_seq = -(-max_model_len // config.cache.block_size)
     num_blocks = min(budget // block_bytes, blocks_per_seq * config.scheduler.max_num_seqs)
     if num_blocks < 1:
@@ -45,16 +45,19 @@ def _cpu_budget() -> int:
     return int(min(available * _CPU_SHARE, _CPU_LIMIT))
 
 
-def _cuda_budget(model: Decoder, config: EngineConfig) -> int:
-    """Measure the peak of a prompt that fills the token budget, with logits for every slot."""
+def _cuda_budget(model: Decoder, config: EngineConfig, max_model_len: int) -> int:
+    """Measure the peak of one prompt that fills the token budget, with logits for every slot.
+
+    Its positions wrap at `max_model_len`, where the rotary tables may end: only the memory matters here.
+    """
     torch.cuda.reset_peak_memory_stats(model.device)
-    num_tokens = min(config.scheduler.max_num_batched_tokens, model.config.max_position)
+    num_tokens = config.scheduler.max_num_batched_tokens
     block_size = config.cache.block_size
     num_blocks = -(-num_tokens // block_size)
     cache = KVCache(model.config, num_blocks, block_size, model.norm.weight)
     positions = torch.arange(num_tokens, device=model.device)
     step = AttentionStep(
-        positions=positions,
+        positions=positions % max_model_len,
         slots=positions,
         query_lens=[num_tokens],
         context_lens=[num_tokens],

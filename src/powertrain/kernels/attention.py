@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from powertrain.kernels.op import Op
@@ -85,7 +87,8 @@ def _decode_attention(
         visible &= at >= lens - window
     grouped = query.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
     mask = visible.view(num_seqs, 1, 1, width).expand(-1, -1, grouped.shape[2], -1)
-    out = scaled_dot_product_attention(grouped, keys.to(query.dtype), values.to(query.dtype), attn_mask=mask)
+    with _backends(query):
+        out = scaled_dot_product_attention(grouped, keys.to(query.dtype), values.to(query.dtype), attn_mask=mask)
     return out.reshape(num_seqs, num_heads, head_dim)
 
 
@@ -115,14 +118,25 @@ def _prefill_attention(
         mask = at <= own
         if window is not None:
             mask &= at > own - window
-    out = scaled_dot_product_attention(
-        query.transpose(0, 1).unsqueeze(0),
-        keys.unsqueeze(0).to(query.dtype),
-        values.unsqueeze(0).to(query.dtype),
-        attn_mask=mask,
-        is_causal=is_whole,
-    )
+    with _backends(query):
+        out = scaled_dot_product_attention(
+            query.transpose(0, 1).unsqueeze(0),
+            keys.unsqueeze(0).to(query.dtype),
+            values.unsqueeze(0).to(query.dtype),
+            attn_mask=mask,
+            is_causal=is_whole,
+        )
     return out[0].transpose(0, 1)
+
+
+def _backends(query: torch.Tensor) -> AbstractContextManager[None]:
+    """On CUDA, leave out cuDNN: it plans anew for every context length, which costs more than it gains in a batch."""
+    if not query.is_cuda:
+        return nullcontext()
+    context: AbstractContextManager[None] = sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
+    return context
 
 
 write_kv = Op("write_kv", _write_kv)

@@ -144,6 +144,14 @@ def test_a_tied_head_is_untied_on_purpose_and_counted(tiny_model_dir: TinyModel,
     assert report.bits_per_weight > 16
 
 
+def test_a_pattern_does_not_untie_a_head_but_takes_an_untied_one(tiny_model_dir: TinyModel):
+    everything = {"steps": [{"match": "re:.*", "scheme": "W8A16"}]}
+    tied, untied = (plan_compression(tiny_model_dir(family), everything) for family in ("llama", "qwen3"))
+    assert "lm_head" not in [layer.name for layer in tied.layers]
+    assert not tied.unties_head
+    assert "lm_head" in [layer.name for layer in untied.layers]
+
+
 def test_an_untied_head_stays_dense_unless_named(tiny_model_dir: TinyModel, tmp_path: Path):
     compress(tiny_model_dir("qwen3"), tmp_path / "out", "W8A16")
     assert "lm_head.weight" in open_checkpoint(tmp_path / "out").names()
@@ -213,7 +221,8 @@ def test_nearest_takes_a_dividing_size_per_layer_and_says_so(tiny_model_dir: Tin
     sizes = {layer.name.rsplit(".", 1)[1]: layer.group_size for layer in report.layers}
     assert sizes["down_proj"] == 32
     assert sizes["q_proj"] == 64
-    assert "model.layers.0.mlp.down_proj: group_size 64 does not divide 96; uses 32" in report.notes
+    note = "group_size 64 does not divide 96, 32 is used: 2 matrices (e.g. model.layers.0.mlp.down_proj)"
+    assert report.notes == (note,)
     groups = open_checkpoint(tmp_path / "out").config["quantization_config"]["config_groups"].values()
     assert sorted(group["weights"]["group_size"] for group in groups) == [32, 64]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from powertrain.checkpoint.source import Checkpoint
-from powertrain.compress.quantize import check_group_size, nearest_group_size
+from powertrain.compress.quantize import GROUP_SIZE_STEP, check_group_size, nearest_group_size
 from powertrain.compress.recipe import CHANNEL, HEAD, Recipe, Step
 from powertrain.types import ModelFileError, PowertrainError, QuantScheme
 
@@ -97,17 +97,15 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, dtype: str = "auto") -> Co
         raise PowertrainError(f"{checkpoint.path} is already quantized: compress the model it was made from")
     names = checkpoint.names()
     shapes = {name: tensor_shape(checkpoint, name) for name in names}
-    sources = _linear_sources(shapes)
+    sources = _linear_sources(shapes, names_head=any(HEAD in step.match for step in recipe.steps))
     assigned = recipe.assign(list(sources))
-    notes: list[str] = []
     layers = []
     for name, step in assigned.items():
-        source = sources[name]
-        scheme, note = _fit_scheme(name, shapes[source][1], step)
-        notes.extend([note] if note else [])
-        out_features, in_features = shapes[source]
+        out_features, in_features = shapes[sources[name]]
+        scheme = _fit_scheme(name, in_features, step)
         shape = (out_features, in_features)
-        layers.append(LayerPlan(name=name, source=source, shape=shape, step=step, scheme=scheme))
+        layers.append(LayerPlan(name=name, source=sources[name], shape=shape, step=step, scheme=scheme))
+    notes = _fallback_notes(layers)
     unties_head = any(layer.name == HEAD and layer.source != f"{HEAD}.weight" for layer in layers)
     if unties_head:
         num_weights = math.prod(shapes[sources[HEAD]])
@@ -130,8 +128,12 @@ def tensor_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
     return tuple(shape(name)) if callable(shape) else tuple(checkpoint.load(name).shape)
 
 
-def _linear_sources(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
-    """Layer name -> tensor of every matrix a recipe can name; a tied head is made from the embedding."""
+def _linear_sources(shapes: dict[str, tuple[int, ...]], names_head: bool) -> dict[str, str]:
+    """Layer name -> tensor of every matrix a recipe can match.
+
+    A tied head is made from the embedding, and only for a recipe that says `lm_head`: untying costs a second matrix,
+    which a pattern such as `re:.*` should not decide.
+    """
     sources = {
         name.removesuffix(".weight"): name
         for name, shape in shapes.items()
@@ -139,20 +141,29 @@ def _linear_sources(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
     }
     if not sources:
         raise ModelFileError("the model has no weight matrices to compress")
-    if HEAD not in sources and f"{EMBEDDING}.weight" in shapes:
+    if names_head and HEAD not in sources and f"{EMBEDDING}.weight" in shapes:
         sources[HEAD] = f"{EMBEDDING}.weight"
     return sources
 
 
-def _fit_scheme(name: str, in_features: int, step: Step) -> tuple[QuantScheme, str | None]:
-    """The step's scheme with a group size that divides this layer's rows, and a note if it is another one."""
+def _fit_scheme(name: str, in_features: int, step: Step) -> QuantScheme:
+    """The step's scheme with a group size that divides this layer's rows."""
     size = step.scheme.group_size
-    if size is not None and step.group_size_fallback == "nearest" and (in_features % size or size % 32):
-        chosen = nearest_group_size(in_features, size)
-        note = f"{name}: group_size {size} does not divide {in_features}; uses {chosen or CHANNEL}"
-        return replace(step.scheme, group_size=chosen), note
+    if size is not None and step.group_size_fallback == "nearest" and (in_features % size or size % GROUP_SIZE_STEP):
+        return replace(step.scheme, group_size=nearest_group_size(in_features, size))
     check_group_size(name, in_features, size)
-    return step.scheme, None
+    return step.scheme
+
+
+def _fallback_notes(layers: Sequence[LayerPlan]) -> list[str]:
+    """One line per kind of layer that got another group size than its step asks for."""
+    names: dict[str, list[str]] = {}
+    for layer in layers:
+        asked, given = layer.step.scheme.group_size, layer.scheme.group_size
+        if asked != given:
+            what = f"group_size {asked} does not divide {layer.shape[1]}, {given or CHANNEL} is used"
+            names.setdefault(what, []).append(layer.name)
+    return [f"{what}: {len(found)} matrices (e.g. {found[0]})" for what, found in names.items()]
 
 
 def _choose_dtype(dtype: str, checkpoint: Checkpoint) -> torch.dtype:

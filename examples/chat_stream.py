@@ -1,6 +1,6 @@
 """Stream one chat answer from a Powertrain server, with the OpenAI client.
 
-    python examples/chat_stream.py http://127.0.0.1:8000 "Why is the sky blue?"
+python examples/chat_stream.py http://127.0.0.1:8000 "Why is the sky blue?"
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(server: str, question: str) -> None:
         if chunk.usage:
             seconds = time.perf_counter() - start
             num_tokens = chunk.usage.completion_tokens
-            print(f"\n\n[{model}: {num_tokens} tokens in {seconds:.1f} s, the first after {first_token_s * 1000:.0f} ms]")
+            print(f"\n\n[{num_tokens} tokens in {seconds:.1f} s, the first after {first_token_s * 1000:.0f} ms]")
 
 
 if __name__ == "__main__":

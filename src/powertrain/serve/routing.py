@@ -141,10 +141,10 @@ def prompt_work(body: Any, config: RoutingConfig) -> PromptWork:
         data = b"".join(json.dumps(message, sort_keys=True).encode() for message in messages)
         num_bytes = len(data)
     else:
-        is_batch = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
-        prompts = [_prompt_bytes(p) for p in prompt] if is_batch else [_prompt_bytes(prompt)]
-        data = prompts[0]
-        num_bytes = sum(map(len, prompts))
+        is_batch = isinstance(prompt, list) and len(prompt) > 0 and not isinstance(prompt[0], int)
+        prompts: list[Any] = list(prompt or []) if is_batch else [prompt]
+        data = _prompt_bytes(prompts[0])
+        num_bytes = sum(len(_prompt_bytes(one)) for one in prompts)
     hashes = []
     chunk_hash = hashlib.blake2b(salt, digest_size=16).digest()
     last = min(len(data) // config.chunk_bytes, config.max_chunks_per_prompt)

@@ -11,9 +11,17 @@ from pathlib import Path
 
 from powertrain.config import EngineConfig
 from powertrain.serve import worker
-from powertrain.types import EngineInfo, EngineStats, FinishReason, PowertrainError, Request, TokenOutput
+from powertrain.types import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    InvalidRequest,
+    PowertrainError,
+    Request,
+    TokenOutput,
+)
 
-CRASH, HANG, FAULT, BAD_ADD, STARVE = 300, 301, 302, 303, 304
+CRASH, HANG, FAULT, BAD_ADD, STARVE, TOO_LARGE = 300, 301, 302, 303, 304, 305
 VOCAB = 320
 FIRST_LETTER = 70  # ids from here on are single printable characters of the tiny tokenizer
 
@@ -22,6 +30,8 @@ class FakeEngine:
     def __init__(self, path: Path, config: EngineConfig) -> None:
         if (path / "refuse_to_load").exists():
             raise PowertrainError("the weights are absent; pull the model again")
+        if (path / "load_slowly").exists():
+            time.sleep(3600)
         self.info = EngineInfo(
             model=path.name,
             vocab_size=VOCAB,
@@ -40,6 +50,8 @@ class FakeEngine:
     def add(self, request: Request) -> None:
         if request.prompt_token_ids[0] == BAD_ADD:
             raise RuntimeError("cannot take this one")
+        if request.prompt_token_ids[0] == TOO_LARGE:
+            raise InvalidRequest("the prompt has 1 tokens but the KV cache holds 0", "prompt")
         for index in range(request.sampling.n):
             self._requests[request.request_id, index] = request
             self._num_done[request.request_id, index] = 0

@@ -55,7 +55,7 @@ FIELDS: list[tuple[str, Any]] = [
     *[("ignore_eos", value) for value in (1, "true")],
     *[("cache_salt", value) for value in (1, ["a"])],
     *[("stream", value) for value in (1, "yes")],
-    *[("stream_options", value) for value in ({"include_usage": True}, [], {"other": True})],
+    *[("stream_options", value) for value in ({"include_usage": True}, [], {"include_usage": 1})],
     *[("logit_bias", {key: 1.0}) for key in ("-1", "320", "99999999999999999999", "a", "1.0", "")],
     *[("logit_bias", value) for value in ({"5": 101}, {"5": -101}, {"5": "x"}, [5])],
     *[("tools", value) for value in ([{"type": "function", "function": {"name": "f"}}], {}, "x")],
@@ -221,6 +221,16 @@ def test_bad_tokenize_and_detokenize(client: httpx.Client) -> None:
     check(client.post("/tokenize", json={"prompt": 5}), 400, "prompt")
     for tokens in ([-1], [320], [HUGE], [1.5], "a", None):
         check(client.post("/detokenize", json={"tokens": tokens}), 400, "tokens")
+
+
+def test_unknown_stream_options(client: httpx.Client) -> None:
+    stream = {**GOOD, "stream": True}
+    check(
+        client.post(COMPLETIONS, json={**stream, "stream_options": {"include_obfuscation": True}}),
+        400,
+        "stream_options",
+    )
+    assert client.post(COMPLETIONS, json={**stream, "stream_options": {"include_obfuscation": False}}).is_success
 
 
 def test_errors_of_streams_come_before_the_stream(client: httpx.Client) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from powertrain.serve.json_body import MAX_DEPTH, parse_json_object
@@ -23,6 +23,7 @@ values = st.recursive(
 )
 
 
+@settings(max_examples=60)
 @given(st.dictionaries(plain_text, values), st.booleans())
 def test_reads_what_json_writes(value: dict[str, object], ensure_ascii: bool) -> None:
     assert parse_json_object(json.dumps(value, ensure_ascii=ensure_ascii).encode()) == value

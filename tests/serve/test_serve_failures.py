@@ -104,6 +104,22 @@ def test_faults_of_one_request_stay_with_it(start: Start) -> None:
         assert client.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_only_the_engine_can_refuse_is_a_400(start: Start, stream: bool) -> None:
+    server = start().wait_ready()
+    with server.client() as client:
+        answer = post(client, prompt=[[70], [fake_worker.TOO_LARGE]], max_tokens=50_000, stream=stream)
+        if answer.status_code == 200:  # the first prompt's token was out already: then an event tells
+            assert stream
+            error = events(answer.text)[-1]["error"]
+        else:
+            assert answer.status_code == 400
+            error = answer.json()["error"]
+        assert "KV cache" in error["message"]
+        assert error["param"] == "prompt"
+        wait_until(lambda: metric(client, "num_requests_running") == 0, what="the rest of the batch is aborted")
+
+
 @pytest.mark.parametrize("prompt", [fake_worker.HANG, fake_worker.STARVE])
 def test_health_means_progress(start: Start, prompt: int) -> None:
     """A step that never returns, and an engine that beats its heart while its request waits for ever."""
@@ -259,6 +275,20 @@ def test_model_that_does_not_load(start: Start, tmp_path: Path) -> None:
     assert server.wait() == 1
     server.stop()
     assert "error: the weights are absent; pull the model again" in "".join(server.stderr)
+
+
+def test_signal_while_the_engine_loads(start: Start, tmp_path: Path) -> None:
+    from model_builders import write_tiny_tokenizer
+
+    write_tiny_tokenizer(tmp_path)
+    (tmp_path / "load_slowly").touch()
+    server = start(model=tmp_path)
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    wait_until(lambda: bool(children.read_text()), what="the engine process is there")
+    engine = server.engine_pid
+    server.signal(signal.SIGTERM)
+    assert server.wait(10) == 0
+    assert not is_running(engine)
 
 
 def test_start_line_and_port_zero(start: Start) -> None:

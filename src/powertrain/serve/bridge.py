@@ -34,7 +34,7 @@ logger = logging.getLogger("powertrain.serve")
 WORKER_COMMAND = (sys.executable, "-m", "powertrain.serve.worker")
 MAX_IPC_PATH = 100
 """Unix sockets allow about 107 bytes of path."""
-MAX_BUFFERED_OUTPUTS = 16_384
+MAX_BUFFERED_OUTPUTS = 8192
 """Outputs that may wait for a slow reader before its request is given up."""
 
 

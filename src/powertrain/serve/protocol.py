@@ -134,7 +134,7 @@ _SHAPES = {
     "stream_options": "must be an object of booleans",
 }
 
-_STREAM_OPTIONS = frozenset({"include_usage", "continuous_usage_stats", "include_obfuscation"})
+_STREAM_OPTIONS = frozenset({"include_usage", "continuous_usage_stats"})
 
 B = TypeVar("B", bound=Body)
 
@@ -181,7 +181,8 @@ def _check_options(request: GenerationBody) -> None:
     if request.stream_options is not None:
         if not request.stream:
             raise InvalidRequest("stream_options needs stream: true", "stream_options")
-        if unknown := sorted(request.stream_options.keys() - _STREAM_OPTIONS):
+        asked = {name for name, value in request.stream_options.items() if value}
+        if unknown := sorted(asked - _STREAM_OPTIONS):
             raise InvalidRequest(f"stream_options has no option {unknown[0]!r}", "stream_options")
     if request.stream and request.prompt_logprobs is not None:
         raise InvalidRequest("prompt_logprobs cannot be streamed", "prompt_logprobs")

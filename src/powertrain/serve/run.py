@@ -31,13 +31,13 @@ CLOSE_TIMEOUT_S = 5
 
 
 def serve(
-    model: Path,
+    model_path: Path,
     engine_config: EngineConfig,
     server_config: ServerConfig,
     *,
     worker_command: Sequence[str] = WORKER_COMMAND,
 ) -> int:
-    """Serve `model` until SIGTERM or SIGINT; returns the process's exit status.
+    """Serve the model at `model_path` until SIGTERM or SIGINT; returns the process's exit status.
 
     The first signal drains: new work gets 503, /health 503, /live 200, and what was admitted finishes within
     `shutdown_timeout_s`. A second signal leaves at once. Raises `PowertrainError` for a port that is taken (before the
@@ -45,7 +45,7 @@ def serve(
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     with bind(server_config.host, server_config.port) as listener:
-        server = Server(model, engine_config, server_config, worker_command)
+        server = Server(model_path, engine_config, server_config, worker_command)
         return asyncio.run(server.run(listener))
 
 

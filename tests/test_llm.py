@@ -283,7 +283,8 @@ async def test_async_stop_string_and_n(async_llm: AsyncLLM, scripted: ScriptedEn
         last = (await collect(async_llm, "a", SamplingParams(max_tokens=None, n=3, stop=("four",))))[-1]
         assert [one.text for one in last.outputs] == ["one two three "] * 3
         assert [one.index for one in last.outputs] == [0, 1, 2]
-        await until(lambda: not scripted.has_work())
+        await until(lambda: (last.request_id, None) in scripted.aborted)
+        assert {(last.request_id, index) for index in range(3)} <= set(scripted.aborted)
 
 
 async def test_async_chat(async_llm: AsyncLLM) -> None:

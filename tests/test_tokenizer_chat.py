@@ -177,6 +177,7 @@ HOSTILE = [
     "{% set ns = namespace(s='xx') %}{% for i in range(40) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
     "{% set ns = namespace(s='xx') %}{% for i in range(40) %}{% set ns.s = [ns.s, ns.s] | join %}{% endfor %}",
     "{% for i in range(99999) %}{% set x = range(99999) | map('string') | join %}{% endfor %}",
+    "{% for i in range(99999) %}{% set x = range(99999) | join %}{% endfor %}",
     "{% set x = messages | attr('__class__') %}{{ x.mro() }}",
     "{{ messages.append(1) }}",
     "{{ messages[0].nothing.deeper }}",

@@ -48,7 +48,7 @@ def byte_level() -> dict[str, Any]:
     backend.train_from_iterator([COMMON, COMMON[7:], "1234567 12345 123 12 then there THE The\n\n"], trainer)
     vocab = backend.get_vocab()
     merges = json.loads(backend.to_str())["model"]["merges"]
-    tokens = [*sorted(vocab, key=lambda token: vocab[token]), "<think>"]
+    tokens = [*sorted(vocab, key=lambda token: vocab[token]), "zq", "<think>"]
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.tokens": tokens,
@@ -98,6 +98,16 @@ def test_pre_tokenizers_differ_where_they_should(byte_level: dict[str, Any]) -> 
     assert words("gpt-2") == ["in", " 12345", " days"]
     assert words("llama-bpe") == ["in", " ", "123", "45", " days"]
     assert words("qwen2") == words("smollm") == ["in", " ", "1", "2", "3", "4", "5", " days"]
+
+
+def test_llama3_takes_a_word_of_the_vocabulary_whole(byte_level: dict[str, Any]) -> None:
+    sizes = {}
+    for pre in ("llama-bpe", "tekken", "gpt-2", "qwen2"):
+        tokenizer = tokenizer_from_gguf(
+            {**byte_level, "tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": False}
+        )
+        sizes[pre] = len(tokenizer.encode("zq"))  # no merge leads to it
+    assert sizes == {"llama-bpe": 1, "tekken": 1, "gpt-2": 2, "qwen2": 2}
 
 
 def test_control_tokens_are_special_and_user_defined_ones_are_text(byte_level: dict[str, Any]) -> None:

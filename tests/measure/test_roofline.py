@@ -97,11 +97,12 @@ def test_card_of_a_bare_config(tmp_path: Path) -> None:
     assert dense["decode"][0]["floor_ms"] == pytest.approx(5.05, rel=2e-3)
     assert dense["decode"][1]["output_tokens_per_s"] == pytest.approx(15_556, rel=2e-3)
     assert dense["prefill"]["bound"] == "compute"
-    console = Console(width=160)
+    console = Console(width=80)
     with console.capture() as captured:
         console.print(card.table())
     assert "5.05" in captured.get()
     assert "3,000.0 GB/s" in captured.get()
+    assert max(map(len, captured.get().splitlines())) <= 80
 
 
 def test_card_of_a_checkpoint_agrees_with_the_loaded_model(tiny_model_dir: Callable[[str], Path]) -> None:

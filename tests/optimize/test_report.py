@@ -59,7 +59,8 @@ def page_record(candidates: list[Measured], limits: Limits, model: str = "smollm
         limits=asdict(limits),
         batch=1,
         config={
-            "effort": {"data": "self", "num_tokens": 64, "window": 16, "prompt": 8, "output": 4, "seed": 0},
+            "data": "self",
+            "effort": {"num_tokens": 64, "window": 16, "prompt": 8, "output": 4, "seed": 0},
             "small_chunk": 8,
         },
         data_sha256="0" * 64,

@@ -276,6 +276,7 @@ def _format_row(name: str, costs: Costs, ceilings: Ceilings, batches: Sequence[i
 
 
 def _render(shown: RooflineCard) -> Group:
+    from rich import box
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -283,27 +284,30 @@ def _render(shown: RooflineCard) -> Group:
     ceilings = shown.ceilings
     where = ceilings.device + (f", {ceilings.threads} threads" if ceilings.threads else "")
     head = Text.assemble(
-        (f"{shown.model}", "bold"),
-        f" on this machine ({where})\n",
-        f"reads memory at {ceilings.read_bytes_per_s / 1e9:,.1f} GB/s, multiplies {ceilings.dtype} matrices at ",
-        f"{ceilings.matmul_flops_per_s / 1e9:,.0f} GFLOP/s (measured); KV cache {shown.kv_bytes_per_token / 1024:,.1f} "
-        f"KiB per token\n",
+        (shown.model, "bold"),
+        f" on this machine ({where}; measured)\n",
+        f"  memory read      {ceilings.read_bytes_per_s / 1e9:,.1f} GB/s\n",
+        f"  {ceilings.dtype} product  {ceilings.matmul_flops_per_s / 1e9:,.0f} GFLOP/s\n",
+        f"  KV cache         {shown.kv_bytes_per_token / 1024:,.1f} KiB per token\n",
         f"Floors at {shown.context} tokens of context: no engine on this machine can be faster.",
     )
-    table = Table(header_style="bold", pad_edge=False)
-    table.add_column("weights")
-    table.add_column("MB read\na step", justify="right")
-    for row in shown.formats[0]["decode"]:
-        table.add_column(f"decode b={row['batch']}\nms · tok/s · bound", justify="right")
-    table.add_column(f"prefill {shown.context}\nms · tok/s · bound", justify="right")
-    table.add_column("compute-bound\nfrom batch", justify="right")
+    table = Table(header_style="bold", pad_edge=False, box=box.SIMPLE_HEAD)
+    for column in ("weights", "MB a step", "phase", "floor ms", "tokens/s", "bound by"):
+        is_text = column in ("weights", "phase", "bound by")
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
     for row in shown.formats:
-        cells = [f"{d['floor_ms']:,.2f} · {d['output_tokens_per_s']:,.0f} · {d['bound']}" for d in row["decode"]]
         prefill = row["prefill"]
-        last = f"{prefill['floor_ms']:,.1f} · {prefill['tokens_per_s']:,.0f} · {prefill['bound']}"
-        weights = f"{row['weight_bytes'] / 1e6:,.1f}"
-        table.add_row(row["name"], weights, *cells, last, f"{row['compute_bound_batch']:,}")
-    return Group(head, table)
+        phases = [(f"prefill {prefill['tokens']}", prefill["floor_ms"], prefill["tokens_per_s"], prefill["bound"])]
+        for decode in row["decode"]:
+            name = f"decode, batch {decode['batch']}"
+            phases.append((name, decode["floor_ms"], decode["output_tokens_per_s"], decode["bound"]))
+        for number, (phase, floor_ms, rate, bound) in enumerate(phases):
+            is_last = number == len(phases) - 1
+            weights = f"{row['weight_bytes'] / 1e6:,.1f}" if number == 0 else ""
+            label = row["name"] if number == 0 else ""
+            table.add_row(label, weights, phase, f"{floor_ms:,.2f}", f"{rate:,.0f}", bound, end_section=is_last)
+    ends = ", ".join(f"{row['name']} {row['compute_bound_batch']:,}" for row in shown.formats)
+    return Group(head, table, Text(f"Reading weights no longer sets the step time from batch: {ends}."))
 
 
 def _sum_of_phases(ceilings: Ceilings, *phases: tuple[float, float]) -> Floor:

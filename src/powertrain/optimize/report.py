@@ -241,7 +241,8 @@ def _notes(made: Mapping[str, Any]) -> str:
 
 def _method(made: Mapping[str, Any]) -> str:
     effort = made["config"]["effort"]
-    data = "text sampled from the model as it is" if effort["data"] == "self" else effort["data"]
+    data = made["config"]["data"]
+    data = "text sampled from the model as it is" if data == "self" else data
     return (
         "<section><h2>How it was measured</h2><p>"
         f"Each format was written to disk, read back and compared with the model as it is in float32, on "

@@ -32,10 +32,9 @@ _POOL_TOKENS_PER_REQUEST = 2048
 class Effort:
     """How much is measured; the defaults keep a 135M-parameter model on 2 cores under four minutes.
 
-    `num_tokens` of `data` in windows of `window` for fidelity; `prompt` and `output` tokens a request for speed.
+    `num_tokens` of the data in windows of `window` for fidelity; `prompt` and `output` tokens a request for speed.
     """
 
-    data: str = "self"
     num_tokens: int = 2048
     window: int = 128
     prompt: int = 128
@@ -103,14 +102,14 @@ def optimize(
     limits = Limits(tpot_ms=tpot_ms, ttft_ms=ttft_ms, max_kl=max_kl, max_memory=parse_memory(max_memory))
     if batch < 1:
         raise PowertrainError(f"--batch must be at least 1, got {batch}")
-    effort = effort or Effort(data=str(data))
+    effort = effort or Effort()
     report = progress or (lambda what, done, total: None)
     out = Path(out)
     source, config = _open(model, out)
     _set_threads(threads)
     notes: list[str] = []
     with workspace(out) as work:
-        reference = _reference(source, effort, config, device, report)
+        reference = _reference(source, data, effort, config, device, report)
         workload = _workload(reference, batch, effort, config)
         pool = _pool_bytes(config, batch) if limits.max_memory is not None else None
         settings = engine_settings(batch, threads, pool)
@@ -125,7 +124,7 @@ def optimize(
         model=str(model),
         limits=asdict(limits),
         batch=batch,
-        config={"effort": asdict(effort), "threads": threads, "small_chunk": _SMALL_CHUNK},
+        config={"data": str(data), "effort": asdict(effort), "threads": threads, "small_chunk": _SMALL_CHUNK},
         data_sha256=reference.data_sha256,
         results=[_row(candidate, choice) for candidate in measured],
         winner=choice.winner.name if choice.winner else None,
@@ -170,14 +169,16 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _reference(source: Path, effort: Effort, config: Mapping[str, Any], device: str, progress: Progress) -> Reference:
+def _reference(
+    source: Path, data: str | Path, effort: Effort, config: Mapping[str, Any], device: str, progress: Progress
+) -> Reference:
     from powertrain.measure.evaluate import Reference
 
     progress("load and sample", 0, None)
     window = min(effort.window, int(config.get("max_position_embeddings") or effort.window))
     made = Reference(
         str(source),
-        data=effort.data,
+        data=data,
         num_tokens=effort.num_tokens,
         window=window,
         device=device,

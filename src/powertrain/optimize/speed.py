@@ -7,7 +7,6 @@ next. The child reads a job as JSON on stdin and prints one JSON line per settin
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 import time
@@ -50,7 +49,8 @@ def measure_speed(
         "settings": [dict(setting.options) for setting in settings],
         "workload": asdict(workload),
     }
-    command = [sys.executable, "-m", "powertrain.optimize.speed"]
+    # Not `-m`: the package has imported this module already, and Python warns of running it a second time.
+    command = [sys.executable, "-c", "from powertrain.optimize.speed import main; main()"]
     try:
         done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=_CHILD_TIMEOUT_S)
     except subprocess.TimeoutExpired:
@@ -135,15 +135,8 @@ def _untouched_pool_bytes(engine: Engine, options: Mapping[str, Any], longest: i
     return max(0, info.num_blocks - used) * info.block_size * engine.model.kv_bytes_per_token()
 
 
-def random_workload(vocab_size: int, batch: int, prompt: int, output: int, seed: int = 0) -> SpeedWorkload:
-    """Prompts of random ids: enough for speed where no text matters."""
-    from powertrain.measure.bench import random_prompts
-
-    prompts = random_prompts(batch, prompt, vocab_size, random.Random(seed))
-    return SpeedWorkload(prompts=tuple(map(tuple, prompts)), output=output, seed=seed)
-
-
-def _main() -> None:
+def main() -> None:
+    """The child process: a job on stdin, a line per setting on stdout."""
     job = json.load(sys.stdin)
     raw = job["workload"]
     workload = SpeedWorkload(**{**raw, "prompts": tuple(map(tuple, raw["prompts"]))})
@@ -153,7 +146,3 @@ def _main() -> None:
             print(json.dumps(asdict(speed)), flush=True)
     except PowertrainError as error:
         sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    _main()

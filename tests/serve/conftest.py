@@ -8,13 +8,9 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import ServerProcess
+from serving import ServerProcess, Start
 
 from model_builders import write_tiny_tokenizer
-
-Start = Callable[..., ServerProcess]
-
-KEYS = ("first-key", "second-key")
 
 
 @pytest.fixture(scope="session")

@@ -104,6 +104,10 @@ class ServerProcess:
         self.process.wait(10)
 
 
+Start = Callable[..., ServerProcess]
+"""What the `start` fixture gives: server options in, a process that may not be ready yet out."""
+
+
 def wait_until(condition: Callable[[], bool], timeout_s: float = 10, what: str = "the condition") -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():

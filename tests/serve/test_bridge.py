@@ -109,7 +109,7 @@ def test_worker_survives_garbage_and_still_works(peer: zmq.Socket[bytes]) -> Non
     for frame in GARBAGE:
         peer.send(frame)
     peer.send(messages.encode(messages.Add(REQUEST)))
-    finished = set()
+    finished: set[int] = set()
     while len(finished) < 2:
         message = inbox.decode(peer.recv())
         if isinstance(message, messages.Outputs):

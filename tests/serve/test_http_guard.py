@@ -10,9 +10,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from serving import ServerProcess, metric, wait_until
-
-from conftest import Start
+from serving import ServerProcess, Start, metric, wait_until
 
 BODY = json.dumps({"prompt": [70, 71], "max_tokens": 2}).encode()
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"

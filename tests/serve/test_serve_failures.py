@@ -17,10 +17,9 @@ from typing import Any
 import fake_worker
 import httpx
 import pytest
-from serving import ServerProcess, events, is_running, metric, wait_until
+from serving import ServerProcess, Start, events, is_running, metric, wait_until
 
-from conftest import KEYS, Start
-
+KEYS = ("first-key", "second-key")
 LONG = {"prompt": [70], "max_tokens": 50_000, "stream": True}
 SHORT = {"prompt": [70], "max_tokens": 3}
 
@@ -312,7 +311,7 @@ def test_keys_open_what_they_should(start: Start) -> None:
         for method, path, body in routes:
             for value in [*wrong, "Bearer \u00e9"]:
                 headers = {} if value is None else {"authorization": value.encode("latin-1")}
-                answer = client.request(method, path, json=body, headers=headers)  # type: ignore[arg-type]
+                answer = client.request(method, path, json=body, headers=headers)
                 assert answer.status_code == 401, (method, path, value)
                 assert answer.json()["error"]["type"] == "authentication_error"
                 assert answer.headers["www-authenticate"] == "Bearer"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
-from serving import metric
-
-from conftest import Start
+from serving import Start, metric
 
 NAMES = {
     "gauge": ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info"],

@@ -30,9 +30,7 @@ def test_formats_of_the_default_model() -> None:
         "none",
         "W8A16 channel",
         "W8A16 channel, head W8A16",
-        "W4A16 g64",
         "W4A16 g64, head W8A16",
-        "W4A16_ASYM g64",
         "W4A16_ASYM g64, head W8A16",
     ]
 

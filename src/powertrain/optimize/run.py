@@ -35,7 +35,7 @@ class Effort:
     `num_tokens` of the data in windows of `window` for fidelity; `prompt` and `output` tokens a request for speed.
     """
 
-    num_tokens: int = 2048
+    num_tokens: int = 1536
     window: int = 128
     prompt: int = 128
     output: int = 48

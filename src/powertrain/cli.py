@@ -414,6 +414,9 @@ def optimize(
     max_memory: Annotated[str | None, typer.Option(help="Most memory of the engine process, like 600MB.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 1,
     data: Annotated[str, typer.Option(help="self: text sampled from MODEL; or a file of text or JSON lines.")] = "self",
+    num_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to judge fidelity on.")] = None,
+    prompt: Annotated[int | None, typer.Option(min=1, help="Prompt tokens of a timed request.")] = None,
+    output: Annotated[int | None, typer.Option(min=2, help="Output tokens of a timed request.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")] = None,
     device: Annotated[Device, typer.Option(help="Where to run.")] = "auto",
     json: JsonFile = None,
@@ -421,8 +424,10 @@ def optimize(
     """Try weight formats and engine settings here; write the fastest that meets the limits, and a report."""
     from rich.console import Console
 
+    from powertrain.optimize.run import Effort
     from powertrain.optimize.run import optimize as run
 
+    effort = {"num_tokens": num_tokens, "prompt": prompt, "output": output}
     with progress_bars() as progress:
         result = run(
             model,
@@ -433,6 +438,7 @@ def optimize(
             max_memory=max_memory,
             batch=batch,
             data=data,
+            effort=Effort(**{name: value for name, value in effort.items() if value is not None}),
             threads=threads,
             device=device,
             progress=progress,

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -64,7 +64,9 @@ def test_sampling_flags_are_sampling_parameters(verb: Callable[..., None]) -> No
     assert {"temperature", "top_p", "top_k", "min_p", "max_tokens", "stop"} <= flags_of(verb) & known
 
 
-@pytest.mark.parametrize("verb", [cli.compress, cli.evaluate, cli.bench_engine, cli.bench_serve, cli.roofline])
+@pytest.mark.parametrize(
+    "verb", [cli.compress, cli.evaluate, cli.bench_engine, cli.bench_serve, cli.roofline, cli.optimize]
+)
 def test_measuring_verbs_take_json(verb: Callable[..., None]) -> None:
     assert "json" in flags_of(verb)
 
@@ -227,6 +229,39 @@ def test_compress_evaluate_and_roofline_on_a_real_model(run: Run, stories260k_di
     assert status == 0, err
     assert "kl_mean" in text
     assert 0 < json.loads(judged.read_text())["kl_mean"] < 0.05
+
+
+@pytest.mark.parametrize("is_qualified", [True, False])
+def test_optimize_passes_its_limits_on_and_its_status_back(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_qualified: bool
+) -> None:
+    import powertrain.optimize.run as module
+
+    seen: dict[str, Any] = {}
+
+    class Result:
+        record: ClassVar = {"kind": "optimize"}
+
+        def __init__(self) -> None:
+            self.is_qualified = is_qualified
+
+        def table(self) -> str:
+            return "the table"
+
+        def summary(self) -> str:
+            return "the summary"
+
+    def optimize(model: str, out: Path, **given: Any) -> Result:
+        seen.update(given, model=model, out=out)
+        return Result()
+
+    monkeypatch.setattr(module, "optimize", optimize)
+    limits = ["--tpot-ms", "20", "--max-kl", "0.05", "--max-memory", "600MB", "--batch", "4", "--num-tokens", "99"]
+    status, out, _ = run("optimize", "m", str(tmp_path / "o"), *limits, "--json", str(tmp_path / "r.json"))
+    assert (status, out) == (0 if is_qualified else 1, "the table\nthe summary\n")
+    assert (seen["tpot_ms"], seen["max_kl"], seen["max_memory"], seen["batch"]) == (20.0, 0.05, "600MB", 4)
+    assert seen["effort"] == module.Effort(num_tokens=99)
+    assert json.loads((tmp_path / "r.json").read_text()) == {"kind": "optimize"}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

@@ -62,6 +62,7 @@ def page_record(candidates: list[Measured], limits: Limits, model: str = "smollm
             "data": "self",
             "effort": {"num_tokens": 64, "window": 16, "prompt": 8, "output": 4, "seed": 0},
             "small_chunk": 8,
+            "pool_bytes": 10**8,
         },
         data_sha256="0" * 64,
         results=[_row(candidate, choice) for candidate in candidates],

@@ -253,8 +253,9 @@ def _method(made: Mapping[str, Any]) -> str:
         f"token; perplexity is relative to the model as it is.</p><p>"
         f"Speed was measured with the real engine in a process of its own: {made['batch']} request(s) of "
         f"{effort['prompt']} prompt tokens at once, {effort['output']} tokens out, temperature 0.6, the better of two "
-        f"runs after a warm-up, no prefix cache. Memory is the peak of that process. What drafts gain depends on the "
-        f"text; here it is the evaluation text. The whole search took {made['seconds']:,.0f} s.</p></section>"
+        f"runs after a warm-up, no prefix cache. Memory is the peak of that process with a KV pool of "
+        f"{made['config']['pool_bytes'] / 1e6:,.0f} MB; a server takes more unless --kv-cache-memory-bytes says so. "
+        f"What drafts gain depends on the text; here it is the evaluation text. The whole search took {made['seconds']:,.0f} s.</p></section>"
     )
 
 

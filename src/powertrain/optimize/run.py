@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Few rows at a time: every format multiplies them as it stores them, as decoding does.
 _SMALL_CHUNK = 8
-# With a memory limit the KV pool must have a stated size; it holds each request at this many tokens.
+# The KV pool is measured at a stated size, and served so under a memory limit: each request at this many tokens.
 _POOL_TOKENS_PER_REQUEST = 2048
 
 
@@ -111,8 +111,8 @@ def optimize(
     with workspace(out) as work:
         reference = _reference(source, data, effort, config, device, report)
         workload = _workload(reference, batch, effort, config)
-        pool = _pool_bytes(config, batch) if limits.max_memory is not None else None
-        settings = engine_settings(batch, threads, pool)
+        pool_bytes = workload.pool_bytes if limits.max_memory is not None else None
+        settings = engine_settings(batch, threads, pool_bytes)
         judges = _judges(source, reference, workload, device, notes)
         measured, choice = search(source, work, judges, formats(config), settings, limits, report)
         served = install_winner(choice, source, work, out)
@@ -124,7 +124,13 @@ def optimize(
         model=str(model),
         limits=asdict(limits),
         batch=batch,
-        config={"data": str(data), "effort": asdict(effort), "threads": threads, "small_chunk": _SMALL_CHUNK},
+        config={
+            "data": str(data),
+            "effort": asdict(effort),
+            "threads": threads,
+            "small_chunk": _SMALL_CHUNK,
+            "pool_bytes": workload.pool_bytes,
+        },
         data_sha256=reference.data_sha256,
         results=[_row(candidate, choice) for candidate in measured],
         winner=choice.winner.name if choice.winner else None,
@@ -198,15 +204,16 @@ def _workload(reference: Reference, batch: int, effort: Effort, config: Mapping[
     prompts = tuple(
         tuple(text[(number * prompt + position) % len(text)] for position in range(prompt)) for number in range(batch)
     )
-    return SpeedWorkload(prompts=prompts, output=output, seed=effort.seed)
+    pool_bytes = _pool_bytes(config, batch, max(_POOL_TOKENS_PER_REQUEST, prompt + output))
+    return SpeedWorkload(prompts=prompts, output=output, pool_bytes=pool_bytes, seed=effort.seed)
 
 
-def _pool_bytes(config: Mapping[str, Any], batch: int) -> int:
+def _pool_bytes(config: Mapping[str, Any], batch: int, num_tokens: int) -> int:
     from powertrain.model.families import model_config
 
     parsed = model_config(config)
     # 4 bytes: float32, the widest a cache entry gets.
-    return batch * min(_POOL_TOKENS_PER_REQUEST, parsed.max_position) * parsed.kv_bytes_per_token(4)
+    return batch * min(num_tokens, parsed.max_position) * parsed.kv_bytes_per_token(4)
 
 
 def _judges(source: Path, reference: Reference, workload: SpeedWorkload, device: str, notes: list[str]) -> Judges:

@@ -29,11 +29,13 @@ _CHILD_TIMEOUT_S = 600.0
 class SpeedWorkload:
     """`prompts` (token ids) arrive at once; each gets exactly `output` tokens, sampled at `temperature`, by `seed`.
 
-    Best throughput of `repeats` runs after one short warm-up run.
+    Best throughput of `repeats` runs after one short warm-up run. The KV pool has `pool_bytes`: sized to the work,
+    since a server's default pool would be most of the memory measured and say nothing about the candidate.
     """
 
     prompts: tuple[tuple[int, ...], ...]
     output: int
+    pool_bytes: int
     temperature: float = 0.6
     seed: int = 0
     repeats: int = 2
@@ -68,8 +70,7 @@ def measure_here(model: Path, options: Mapping[str, Any], workload: SpeedWorkloa
     from powertrain.engine.core import Engine
     from powertrain.measure.bench import peak_memory_bytes
 
-    longest = max(len(prompt) for prompt in workload.prompts) + workload.output
-    engine = Engine.from_checkpoint(model, _engine_config(options, device, workload.seed, longest))
+    engine = Engine.from_checkpoint(model, _engine_config(options, device, workload))
     try:
         _run(engine, workload, output=min(4, workload.output))
         runs = [_run(engine, workload, workload.output) for _ in range(workload.repeats)]
@@ -79,23 +80,22 @@ def measure_here(model: Path, options: Mapping[str, Any], workload: SpeedWorkloa
             ttft_ms=1000 * ttft,
             tpot_ms=1000 * tpot,
             output_tokens_per_s=num_tokens / seconds,
-            memory_bytes=peak_memory_bytes(engine.info.device)
-            + _untouched_pool_bytes(engine, options, longest, workload),
+            memory_bytes=peak_memory_bytes(engine.info.device),
             weight_bytes=engine.model.weight_bytes(),
         )
     finally:
         engine.close()
 
 
-def _engine_config(options: Mapping[str, Any], device: str, seed: int, longest: int) -> EngineConfig:
+def _engine_config(options: Mapping[str, Any], device: str, workload: SpeedWorkload) -> EngineConfig:
     from powertrain.config import EngineConfig, SpeculationConfig
 
-    given = dict(options)
+    given = {"kv_cache_memory_bytes": workload.pool_bytes, **options}
     draft = given.pop("speculative_config", None)
     if draft is not None:
         given["speculation"] = SpeculationConfig(**draft)
     # The runs share their prompts: with the prefix cache on, the second would skip its prefill.
-    return EngineConfig.from_options(device=device, seed=seed, enable_prefix_caching=False, **given)
+    return EngineConfig.from_options(device=device, seed=workload.seed, enable_prefix_caching=False, **given)
 
 
 def _run(engine: Engine, workload: SpeedWorkload, output: int) -> tuple[float, float, float]:
@@ -124,15 +124,6 @@ def _run(engine: Engine, workload: SpeedWorkload, output: int) -> tuple[float, f
     ttft = sum(first.values()) / count
     per_token = sum(last[key] - first[key] for key in first) / (count * max(1, output - 1))
     return time.perf_counter() - start, ttft, per_token
-
-
-def _untouched_pool_bytes(engine: Engine, options: Mapping[str, Any], longest: int, workload: SpeedWorkload) -> int:
-    """A KV pool of a stated size will fill up in service; the part this workload never wrote is not resident yet."""
-    if "kv_cache_memory_bytes" not in options or engine.info.device.startswith("cuda"):
-        return 0
-    info = engine.info
-    used = len(workload.prompts) * (-(-longest // info.block_size))
-    return max(0, info.num_blocks - used) * info.block_size * engine.model.kv_bytes_per_token()
 
 
 def main() -> None:

@@ -116,6 +116,15 @@ def test_prompts_are_repeatable_and_inside_the_vocabulary() -> None:
     assert all(10 <= token < 54 for prompt in first for token in prompt)
 
 
+def test_peak_memory_is_of_this_process_not_of_its_parent() -> None:
+    ballast = bytearray(os.urandom(1)) * (700 * 2**20)
+    assert bench.peak_memory_bytes("cpu") > len(ballast)
+    code = "from powertrain.measure.bench import peak_memory_bytes; print(peak_memory_bytes('cpu'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert 10 * 2**20 < int(done.stdout) < 600 * 2**20
+    del ballast
+
+
 def test_it_runs_as_a_module_without_the_cli(bare_config: Path, tmp_path: Path) -> None:
     """In a process where importing the command line's libraries fails, as on a bare compute machine."""
     out = tmp_path / "out.json"

@@ -255,7 +255,8 @@ def _method(made: Mapping[str, Any]) -> str:
         f"{effort['prompt']} prompt tokens at once, {effort['output']} tokens out, temperature 0.6, the better of two "
         f"runs after a warm-up, no prefix cache. Memory is the peak of that process with a KV pool of "
         f"{made['config']['pool_bytes'] / 1e6:,.0f} MB; a server takes more unless --kv-cache-memory-bytes says so. "
-        f"What drafts gain depends on the text; here it is the evaluation text. The whole search took {made['seconds']:,.0f} s.</p></section>"
+        f"What drafts gain depends on the text; here it is the evaluation text. "
+        f"The whole search took {made['seconds']:,.0f} s.</p></section>"
     )
 
 

@@ -276,3 +276,19 @@ def test_stats_agree_with_what_was_asked(models):
     stats = engine.stats()
     assert (stats.prompt_tokens, stats.generation_tokens) == (40, 10)
     assert (stats.num_running, stats.num_waiting) == (0, 0)
+
+
+def test_speculation_on_a_trained_model_changes_nothing(stories260k_dir):
+    """100 prompts, greedy: n-gram drafts on = off, token for token."""
+    model = load_model(open_checkpoint(stories260k_dir), "cpu", torch.float32)
+    texts = [[1, *prompt] for prompt in prompts(100, 512, longest=20)]
+    for at, text in enumerate(texts):
+        if at % 2:
+            text.extend(text[-12:])  # something to look up
+    plain = run(engine_of(model, num_blocks=800), [request(str(at), p, max_tokens=48) for at, p in enumerate(texts)])
+    engine = engine_of(model, num_blocks=800, num_speculative_tokens=4)
+    fast = run(engine, [request(str(at), p, max_tokens=48) for at, p in enumerate(texts)])
+    ties = sum(count_ties(model, texts[int(key[0])], plain[key][0], fast[key][0]) for key in plain)
+    print(f"{ties} ties in {48 * 100} tokens")
+    assert ties <= 0.003 * 48 * 100
+    assert engine.stats().accepted_draft_tokens > 100

@@ -112,3 +112,8 @@ def test_logprobs_hold_the_same_float_twice():
         assert entry.rank == 1
         assert entry.logprob == max(entry.top_logprobs) == line.max().item()
         assert list(entry.top_token_ids) == line.topk(3).indices.tolist()
+
+
+def test_a_top_p_below_float32_keeps_the_best_token():
+    logits = torch.randn(2, 20)
+    assert sample(logits.clone(), [row(top_p=1e-300), row(top_p=1e-300, seed=9)]) == logits.argmax(-1).tolist()

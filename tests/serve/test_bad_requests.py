@@ -242,7 +242,7 @@ def test_extreme_but_legal_sampling(client: httpx.Client, good_text: str) -> Non
     extremes: list[dict[str, Any]] = [
         {"temperature": 100.0},
         {"temperature": 1e-300},
-        {"top_p": 1e-6},
+        {"top_p": 1e-300},
         {"repetition_penalty": 100.0},
         {"repetition_penalty": 1e-300},
         {"presence_penalty": 2.0, "frequency_penalty": 2.0},

@@ -134,7 +134,7 @@ def _truncate(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.T
     top_p = probs.new_tensor([p.top_p for p in params]).unsqueeze(1)
     # a token stays if those before it have not yet reached top_p: the first always does
     stays = (probs.cumsum(-1) - probs < top_p) & torch.isfinite(ordered)
-    last = stays.sum(-1, keepdim=True) - 1
+    last = (stays.sum(-1, keepdim=True) - 1).clamp_(min=0)
     return logits.masked_fill(logits < ordered.gather(1, last), -torch.inf)
 
 

@@ -33,13 +33,15 @@ def terminal_table(made: Mapping[str, Any]) -> Table:
     from rich.text import Text
 
     title = f"{made['model']}, {made['batch']} concurrent request{'s' if made['batch'] > 1 else ''}"
-    table = Table(header_style="bold", pad_edge=False, title=title, box=box.SIMPLE_HEAD)
-    for column in _COLUMNS:
-        is_text = column in ("candidate", "verdict")
-        table.add_column(column, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+    table = Table(header_style="bold", pad_edge=False, padding=(0, 1, 0, 0), title=title, box=box.SIMPLE_HEAD)
+    table.add_column("candidate", min_width=24)
+    for column in _COLUMNS[1:-1]:
+        table.add_column(column.replace(" ", "\n").replace("perplexity", "ppl"), justify="right", no_wrap=True)
     for row in _ordered(made["results"]):
         style = "bold green" if row["is_winner"] else "dim" if breaks_limit(row) else ""
-        table.add_row(*(Text(cell, style=style) for cell in (_name(row), *_figures(row), _verdict(row))))
+        # The verdict stands under the name: a column of its own leaves no room for either on 80 columns.
+        name = Text(f"{_name(row)}\n{_verdict(row)}", style=style)
+        table.add_row(name, *(Text(cell, style=style) for cell in _figures(row)))
     return table
 
 

@@ -66,11 +66,11 @@ def load_model(
     def vector(name: str, size: int) -> torch.Tensor:
         return dense(name, (size,))
 
-    embedding = Dense.pack(dense("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)), device, dtype)
+    embedding = dense("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
     has_own_head = bool({"lm_head.weight", "lm_head.weight_packed"} & present)
     if not has_own_head and not config.ties_embeddings:
         raise ModelFileError(f"{checkpoint.path}: tensor lm_head.weight is missing and the embeddings are not tied")
-    head: list[WeightFormat] = [embedding] if config.ties_embeddings else matrices(["lm_head"])
+    head: list[WeightFormat] = [Dense(embedding)] if config.ties_embeddings else matrices(["lm_head"])
     return _assemble(config, matrices, vector, embedding, head, max_position, on_progress)
 
 
@@ -106,7 +106,7 @@ def _assemble(
     config: ModelConfig,
     matrices: Matrices,
     vector: Vectors,
-    embedding: Dense,
+    embedding: torch.Tensor,
     head: list[WeightFormat],
     max_position: int | None,
     on_progress: Callable[[int, int], None] | None,
@@ -193,11 +193,9 @@ def random_model(
         is_norm = name.endswith("norm.weight")
         return torch.full((size,), 1.0 if is_norm else 0.01, device=device, dtype=dtype)
 
-    embedding = Dense.pack(normal(config.vocab_size, config.hidden_size), device, dtype)
-    head: list[WeightFormat] = [embedding]
-    if not config.ties_embeddings:
-        head = [Dense.pack(normal(config.vocab_size, config.hidden_size), device, dtype)]
-    return _assemble(config, matrices, vector, embedding, head, max_position, None)
+    embedding = normal(config.vocab_size, config.hidden_size)
+    head = embedding if config.ties_embeddings else normal(config.vocab_size, config.hidden_size)
+    return _assemble(config, matrices, vector, embedding, [Dense(head)], max_position, None)
 
 
 def _random_ints(rows: int, cols: int, weight_format: RandomFormat, generator: torch.Generator) -> IntWeight:

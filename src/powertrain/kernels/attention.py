@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,6 +21,7 @@ class AttentionStep:
     query_lens, context_lens: per sequence, tokens in this step and tokens known after it.
     block_tables: int64 [sequences, blocks], padded with any valid block.
     context_lens_tensor: int64 [num_decodes]; num_decodes: how many leading sequences have one token.
+    masks: additive masks of the decodes by window, made by the first layer that needs one.
     """
 
     positions: torch.Tensor
@@ -30,6 +31,7 @@ class AttentionStep:
     block_tables: torch.Tensor
     context_lens_tensor: torch.Tensor
     num_decodes: int
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
 
 def _write_kv(
@@ -80,16 +82,31 @@ def _decode_attention(
     blocks, shape = tables.flatten(), (num_seqs, width, num_kv_heads, head_dim)
     keys = key_cache.index_select(0, blocks).view(shape).transpose(1, 2)
     values = value_cache.index_select(0, blocks).view(shape).transpose(1, 2)
-    at = torch.arange(width, device=query.device)
-    lens = step.context_lens_tensor.unsqueeze(1)
-    visible = at < lens
-    if window is not None:
-        visible &= at >= lens - window
     grouped = query.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    mask = visible.view(num_seqs, 1, 1, width).expand(-1, -1, grouped.shape[2], -1)
+    mask = None
+    if num_seqs == 1 and window is None:
+        keys, values = keys[:, :, :longest], values[:, :, :longest]
+    else:
+        mask = _decode_mask(step, num_seqs, width, window, query)
     with _backends(query):
         out = scaled_dot_product_attention(grouped, keys.to(query.dtype), values.to(query.dtype), attn_mask=mask)
     return out.reshape(num_seqs, num_heads, head_dim)
+
+
+def _decode_mask(
+    step: AttentionStep, num_seqs: int, width: int, window: int | None, query: torch.Tensor
+) -> torch.Tensor:
+    """0 where a decode may look and -inf elsewhere: [sequences, 1, 1, width] in the query's dtype."""
+    mask = step.masks.get(window)
+    if mask is None:
+        at = torch.arange(width, device=query.device)
+        lens = step.context_lens_tensor[:num_seqs].unsqueeze(1)
+        hidden = at >= lens
+        if window is not None:
+            hidden |= at < lens - window
+        mask = query.new_zeros(num_seqs, width).masked_fill_(hidden, -torch.inf).view(num_seqs, 1, 1, width)
+        step.masks[window] = mask
+    return mask
 
 
 def _prefill_attention(

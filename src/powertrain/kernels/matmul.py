@@ -11,8 +11,25 @@ import torch
 
 from powertrain.kernels.op import Op, Provider
 
-MAX_PACKED_ROWS_INT8 = 8
+MAX_PACKED_ROWS_INT8 = 32
 MAX_PACKED_ROWS_INT4 = 32
+
+
+def can_block_dense() -> bool:
+    """Whether torch carries oneDNN and its product with a weight reordered once."""
+    return torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def block_dense(weight: torch.Tensor) -> torch.Tensor:
+    """A float32 matrix [out, in] in oneDNN's layout for this processor; `to_dense` gives it back."""
+    blocked: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    return blocked
+
+
+def blocked_linear(x: torch.Tensor, blocked: torch.Tensor) -> torch.Tensor:
+    """x float32 [rows, in] times the transposed matrix behind `blocked`."""
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), blocked, None, "none", [], "")
+    return out
 
 
 def _int8_linear(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

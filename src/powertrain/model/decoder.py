@@ -21,12 +21,15 @@ class KVCache:
 
 
 class Decoder:
-    """A pre-norm decoder with rotary grouped-query attention, as all supported families are."""
+    """A pre-norm decoder with rotary grouped-query attention, as all supported families are.
+
+    `embedding`: [vocab, hidden]; a head that is tied to it may share its memory.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
-        embedding: Dense,
+        embedding: torch.Tensor,
         blocks: list[Block],
         norm: RMSNorm,
         head: Linear,
@@ -50,7 +53,7 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, token_ids: torch.Tensor, step: AttentionStep, cache: KVCache) -> torch.Tensor:
         """token_ids: int64 [tokens] of this step. Writes their keys and values, returns hidden [tokens, hidden]."""
-        x = self.embedding.rows(token_ids)
+        x = self.embedding.index_select(0, token_ids)
         rope = self.rope.at(step.positions)
         for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
             x = block(x, rope, layer_cache, step)
@@ -97,9 +100,10 @@ class Decoder:
         return sum(linear.step_bytes() for linear in self.linears())
 
     def weight_bytes(self) -> int:
-        """Bytes of weights in memory; a head that shares the embedding counts once."""
-        shared = self.embedding in self.head.formats
-        return sum(linear.nbytes() for linear in self.linears()) + (0 if shared else self.embedding.nbytes())
+        """Bytes of weights in memory; a head that shares the embedding's memory counts once."""
+        is_shared = any(isinstance(part, Dense) and part.is_held_by(self.embedding) for part in self.head.formats)
+        table = 0 if is_shared else self.embedding.numel() * self.embedding.element_size()
+        return sum(linear.nbytes() for linear in self.linears()) + table
 
     def kv_bytes_per_token(self) -> int:
         return self.config.kv_bytes_per_token(self.norm.weight.element_size())

@@ -7,7 +7,14 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from powertrain.kernels.matmul import dequantize_int4, int4_linear, int8_linear
+from powertrain.kernels.matmul import (
+    block_dense,
+    blocked_linear,
+    can_block_dense,
+    dequantize_int4,
+    int4_linear,
+    int8_linear,
+)
 from powertrain.types import ModelFileError
 
 
@@ -57,36 +64,49 @@ class WeightFormat(Protocol):
 
 
 class Dense:
-    """A float matrix. On a CPU it is stored input-major: torch's products with few rows run about twice as fast."""
+    """A float matrix. On a CPU float32 is kept in oneDNN's blocked layout, other types input-major.
+
+    The blocked layout is as fast as input-major at one row and about twice as fast at 4 to 64 (both read the same
+    bytes; `benchmarks/cpu_matmul.py`); output-major, as checkpoints store it, is slower than either.
+    """
 
     def __init__(self, weight: torch.Tensor) -> None:
         """weight: [out, in], already on its device and in its dtype."""
         self.name = str(weight.dtype).removeprefix("torch.")
         self.out_features = weight.shape[0]
-        self._is_input_major = weight.device.type == "cpu"
-        self._weight = weight.t().contiguous() if self._is_input_major else weight.contiguous()
+        self._nbytes = weight.numel() * weight.element_size()
+        self._blocked: torch.Tensor | None = None
+        self._weight: torch.Tensor | None = weight
+        if weight.device.type == "cpu":
+            is_blocked = weight.dtype == torch.float32 and can_block_dense()
+            self._blocked = block_dense(weight) if is_blocked else None
+            self._weight = None if is_blocked else weight.t().contiguous()
 
     @classmethod
     def pack(cls, weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> Dense:
         return cls(weight.to(device=device, dtype=dtype))
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self._weight if self._is_input_major else torch.nn.functional.linear(x, self._weight)
-
-    def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """Rows of the matrix [out, in] by index: what an embedding shared with the head needs."""
-        if self._is_input_major:
-            return self._weight.index_select(1, index).t().contiguous()
-        return self._weight.index_select(0, index)
+        if self._blocked is not None:
+            return blocked_linear(x, self._blocked)
+        assert self._weight is not None
+        return x @ self._weight if x.device.type == "cpu" else torch.nn.functional.linear(x, self._weight)
 
     def unpack(self) -> torch.Tensor:
-        return self._weight.t() if self._is_input_major else self._weight
+        if self._blocked is not None:
+            return self._blocked.to_dense()
+        assert self._weight is not None
+        return self._weight.t() if self._weight.device.type == "cpu" else self._weight
+
+    def is_held_by(self, tensor: torch.Tensor) -> bool:
+        """Whether this matrix is `tensor` itself, so that its bytes count once."""
+        return self._weight is tensor
 
     def step_bytes(self) -> int:
-        return self.nbytes()
+        return self._nbytes
 
     def nbytes(self) -> int:
-        return self._weight.numel() * self._weight.element_size()
+        return self._nbytes
 
 
 class Int8Channel:

@@ -11,8 +11,7 @@ import torch
 
 from powertrain.kernels.op import Op, Provider
 
-MAX_PACKED_ROWS_INT8 = 32
-MAX_PACKED_ROWS_INT4 = 32
+MAX_PACKED_ROWS = 64
 
 
 def can_block_dense() -> bool:
@@ -45,8 +44,8 @@ def _int8_linear_torch(x: torch.Tensor, values: torch.Tensor, scale: torch.Tenso
 def _accepts_int8(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> str | None:
     if x.device.type != "cpu":
         return "torch's int8 kernel runs on a CPU"
-    if x.shape[0] > MAX_PACKED_ROWS_INT8:
-        return f"{x.shape[0]} rows: dequantizing once is faster above {MAX_PACKED_ROWS_INT8}"
+    if x.shape[0] > MAX_PACKED_ROWS:
+        return f"{x.shape[0]} rows: dequantizing once is faster above {MAX_PACKED_ROWS}"
     return None
 
 
@@ -83,8 +82,8 @@ def _accepts_int4(
 ) -> str | None:
     if x.device.type != "cpu" or packed.numel() == 0:
         return "torch's int4 kernel is used on a CPU, with groups of 32, 64, 128 or 256 inputs"
-    if x.shape[0] > MAX_PACKED_ROWS_INT4:
-        return f"{x.shape[0]} rows: dequantizing once is faster above {MAX_PACKED_ROWS_INT4}"
+    if x.shape[0] > MAX_PACKED_ROWS:
+        return f"{x.shape[0]} rows: dequantizing once is faster above {MAX_PACKED_ROWS}"
     return None
 
 

@@ -63,8 +63,7 @@ def test_paged_attention_equals_arithmetic_written_out(window, heads, kv_heads):
     dim, block_size, num_blocks = 16, 4, 40
     contexts, counts = [9, 1, 7, 14], [1, 1, 7, 6]
     order = torch.randperm(num_blocks)
-    key_cache = torch.full((num_blocks, block_size, kv_heads, dim), 9.0)
-    value_cache = torch.full_like(key_cache, 9.0)
+    cache = torch.full((num_blocks, block_size, 2 * kv_heads, dim), 9.0)
     tables, keys, values = torch.zeros(4, 4, dtype=torch.long), [], []
     slots, positions = [], []
     for at, (context, count) in enumerate(zip(contexts, counts, strict=True)):
@@ -74,7 +73,7 @@ def test_paged_attention_equals_arithmetic_written_out(window, heads, kv_heads):
         for position in range(context):
             block, offset = tables[at, position // block_size], position % block_size
             if position < context - count:
-                key_cache[block, offset], value_cache[block, offset] = keys[at][position], values[at][position]
+                cache[block, offset] = torch.cat((keys[at][position], values[at][position]))
             else:
                 slots.append(int(block) * block_size + offset)
                 positions.append(position)
@@ -82,15 +81,10 @@ def test_paged_attention_equals_arithmetic_written_out(window, heads, kv_heads):
         torch.tensor(positions), torch.tensor(slots), counts, contexts, tables, torch.tensor(contexts[:2]), 2
     )
     new = [slice(context - count, context) for context, count in zip(contexts, counts, strict=True)]
-    write_kv(
-        torch.cat([k[s] for k, s in zip(keys, new, strict=True)]),
-        torch.cat([v[s] for v, s in zip(values, new, strict=True)]),
-        key_cache,
-        value_cache,
-        step,
-    )
+    pairs = [torch.cat((k[s], v[s]), dim=1) for k, v, s in zip(keys, values, new, strict=True)]
+    write_kv(torch.cat(pairs), cache, step)
     query = torch.randn(sum(counts), heads, dim)
-    out = paged_attention(query, key_cache, value_cache, step, window)
+    out = paged_attention(query, cache, step, window)
     expected = [naive_attention(q, k, v, window) for q, k, v in zip(query.split(counts), keys, values, strict=True)]
     torch.testing.assert_close(out, torch.cat(expected), atol=1e-5, rtol=1e-5)
 

@@ -34,54 +34,49 @@ class AttentionStep:
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
 
-def _write_kv(
-    key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, step: AttentionStep
-) -> None:
-    """Store key and value [tokens, kv_heads, d] at the step's slots of the caches [blocks, block_size, kv_heads, d]."""
-    key_cache.view(-1, *key.shape[1:]).index_copy_(0, step.slots, key.to(key_cache.dtype))
-    value_cache.view(-1, *value.shape[1:]).index_copy_(0, step.slots, value.to(value_cache.dtype))
+def _write_kv(key_value: torch.Tensor, cache: torch.Tensor, step: AttentionStep) -> None:
+    """Store keys and values [tokens, 2 * kv_heads, d], keys first, at the step's slots of the layer's cache.
+
+    cache: [blocks, block_size, 2 * kv_heads, d]: one copy in and one gather out serve both.
+    """
+    cache.view(-1, *key_value.shape[1:]).index_copy_(0, step.slots, key_value.to(cache.dtype))
 
 
-def _paged_attention(
-    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, step: AttentionStep, window: int | None
-) -> torch.Tensor:
+def _paged_attention(query: torch.Tensor, cache: torch.Tensor, step: AttentionStep, window: int | None) -> torch.Tensor:
     """Causal grouped-query attention of this step's tokens over their whole contexts, which are already written.
 
-    query: [tokens, heads, d]; caches: [blocks, block_size, kv_heads, d]; `window` limits each token to the last
+    query: [tokens, heads, d]; cache: [blocks, block_size, 2 * kv_heads, d]; `window` limits each token to the last
     `window` positions including its own (Mistral). Returns [tokens, heads, d].
     """
     if len(step.query_lens) == step.num_decodes:
-        return _decode_attention(query, key_cache, value_cache, step, window)
+        return _decode_attention(query, cache, step, window)
     output = torch.empty_like(query)
     if step.num_decodes:
-        output[: step.num_decodes] = _decode_attention(query[: step.num_decodes], key_cache, value_cache, step, window)
+        output[: step.num_decodes] = _decode_attention(query[: step.num_decodes], cache, step, window)
     first = step.num_decodes
     for index in range(step.num_decodes, len(step.query_lens)):
         rows = slice(first, first + step.query_lens[index])
         context = step.context_lens[index]
-        output[rows] = _prefill_attention(
-            query[rows], key_cache, value_cache, step.block_tables[index], context, window
-        )
+        output[rows] = _prefill_attention(query[rows], cache, step.block_tables[index], context, window)
         first = rows.stop
     return output
 
 
 def _decode_attention(
-    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, step: AttentionStep, window: int | None
+    query: torch.Tensor, cache: torch.Tensor, step: AttentionStep, window: int | None
 ) -> torch.Tensor:
     """One query token per sequence, all sequences at once over contexts padded to the longest.
 
     The heads that share a key head become the rows of one small product, so that no key is repeated in memory.
     """
     num_seqs, num_heads, head_dim = query.shape
-    block_size, num_kv_heads = key_cache.shape[1:3]
+    block_size, num_kv_heads = cache.shape[1], cache.shape[2] // 2
     longest = max(step.context_lens[:num_seqs])
     tables = step.block_tables[:num_seqs, : -(-longest // block_size)]
     width = tables.shape[1] * block_size
     # index_select copies whole blocks; indexing with the table itself is several times slower on a CPU
-    blocks, shape = tables.flatten(), (num_seqs, width, num_kv_heads, head_dim)
-    keys = key_cache.index_select(0, blocks).view(shape).transpose(1, 2)
-    values = value_cache.index_select(0, blocks).view(shape).transpose(1, 2)
+    gathered = cache.index_select(0, tables.flatten()).view(num_seqs, width, 2 * num_kv_heads, head_dim)
+    keys, values = gathered.transpose(1, 2).to(query.dtype).chunk(2, dim=1)
     grouped = query.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
     mask = None
     if num_seqs == 1 and window is None:
@@ -89,7 +84,7 @@ def _decode_attention(
     else:
         mask = _decode_mask(step, num_seqs, width, window, query)
     with _backends(query):
-        out = scaled_dot_product_attention(grouped, keys.to(query.dtype), values.to(query.dtype), attn_mask=mask)
+        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
     return out.reshape(num_seqs, num_heads, head_dim)
 
 
@@ -111,19 +106,18 @@ def _decode_mask(
 
 def _prefill_attention(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    cache: torch.Tensor,
     block_table: torch.Tensor,
     context: int,
     window: int | None,
 ) -> torch.Tensor:
     """A chunk of one sequence: query [tokens, heads, d] are the last `tokens` of `context` positions."""
     num_tokens, num_heads, head_dim = query.shape
-    block_size, num_kv_heads = key_cache.shape[1:3]
+    block_size, num_kv_heads = cache.shape[1], cache.shape[2] // 2
     blocks = block_table[: -(-context // block_size)]
     groups = num_heads // num_kv_heads
-    keys = key_cache.index_select(0, blocks).view(-1, num_kv_heads, head_dim)[:context].transpose(0, 1)
-    values = value_cache.index_select(0, blocks).view(-1, num_kv_heads, head_dim)[:context].transpose(0, 1)
+    gathered = cache.index_select(0, blocks).view(-1, 2 * num_kv_heads, head_dim)[:context]
+    keys, values = gathered.transpose(0, 1).to(query.dtype).chunk(2)
     if groups > 1:
         keys = keys.repeat_interleave(groups, dim=0)
         values = values.repeat_interleave(groups, dim=0)
@@ -138,8 +132,8 @@ def _prefill_attention(
     with _backends(query):
         out = scaled_dot_product_attention(
             query.transpose(0, 1).unsqueeze(0),
-            keys.unsqueeze(0).to(query.dtype),
-            values.unsqueeze(0).to(query.dtype),
+            keys.unsqueeze(0),
+            values.unsqueeze(0),
             attn_mask=mask,
             is_causal=is_whole,
         )

@@ -19,14 +19,14 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
 
 
 def _apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding, half-split convention (Su et al. 2021, arXiv 2104.09864).
+    """Rotary position embedding, half-split convention (Su et al. 2021, arXiv 2104.09864), in place; returns x.
 
     x: [tokens, heads, d]; cos, sin: [tokens, 1, d] with the two halves repeated and sin's first half negated, so that
     the rotation is one multiply-add on x and one on x with its halves swapped.
     """
     half = x.shape[-1] // 2
     swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
-    return torch.addcmul(x * cos, swapped, sin)
+    return x.mul_(cos).addcmul_(swapped, sin)
 
 
 def _silu_mul(gate_up: torch.Tensor) -> torch.Tensor:

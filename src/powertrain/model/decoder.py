@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 from powertrain.kernels.attention import AttentionStep
@@ -11,13 +14,21 @@ from powertrain.model.weights import Dense
 
 
 class KVCache:
-    """Keys and values of every layer, in blocks: each a tensor [blocks, block_size, kv_heads, d]."""
+    """Keys and values of every layer, in blocks: each a tensor [blocks, block_size, 2 * kv_heads, d], keys first."""
 
     def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, like: torch.Tensor) -> None:
         """Takes device and dtype from `like`. Zeros, since a masked position still meets 0 * value."""
-        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        shape = (num_blocks, block_size, 2 * config.num_kv_heads, config.head_dim)
         self.block_size = block_size
-        self.layers = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.num_layers)]
+        self.layers = [_zeros(shape, like) for _ in range(config.num_layers)]
+
+
+def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    # numpy asks the system for zero pages, which take memory only once written; torch would fill them now
+    num_bytes = math.prod(shape) * like.element_size()
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(like.dtype).view(shape)
 
 
 class Decoder:

@@ -95,19 +95,18 @@ class Attention:
         self,
         x: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
-        cache: tuple[torch.Tensor, torch.Tensor],
+        cache: torch.Tensor,
         step: AttentionStep,
     ) -> torch.Tensor:
         qkv = self.qkv(x).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         num_rotated = self.num_heads + self.num_kv_heads
+        query_key = qkv[:, :num_rotated]
         if self.query_norm is not None and self.key_norm is not None:
-            query = self.query_norm(qkv[:, : self.num_heads])
-            key = self.key_norm(qkv[:, self.num_heads : num_rotated])
-            rotated = apply_rope(torch.cat((query, key), dim=1), *rope)
-        else:
-            rotated = apply_rope(qkv[:, :num_rotated], *rope)
-        write_kv(rotated[:, self.num_heads :], qkv[:, num_rotated:], *cache, step)
-        out = paged_attention(rotated[:, : self.num_heads], *cache, step, self.window)
+            query_key[:, : self.num_heads] = self.query_norm(query_key[:, : self.num_heads])
+            query_key[:, self.num_heads :] = self.key_norm(query_key[:, self.num_heads :])
+        apply_rope(query_key, *rope)
+        write_kv(qkv[:, self.num_heads :], cache, step)
+        out = paged_attention(qkv[:, : self.num_heads], cache, step, self.window)
         return self.output(out.reshape(x.shape[0], -1))
 
 
@@ -135,7 +134,7 @@ class Block:
         self,
         x: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
-        cache: tuple[torch.Tensor, torch.Tensor],
+        cache: torch.Tensor,
         step: AttentionStep,
     ) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x), rope, cache, step)

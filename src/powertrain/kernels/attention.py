@@ -83,8 +83,7 @@ def _decode_attention(
         keys, values = keys[:, :, :longest], values[:, :, :longest]
     else:
         mask = _decode_mask(step, num_seqs, width, window, query)
-    with _backends(query):
-        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+    out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
     return out.reshape(num_seqs, num_heads, head_dim)
 
 
@@ -129,20 +128,19 @@ def _prefill_attention(
         mask = at <= own
         if window is not None:
             mask &= at > own - window
-    with _backends(query):
-        out = scaled_dot_product_attention(
-            query.transpose(0, 1).unsqueeze(0),
-            keys.unsqueeze(0),
-            values.unsqueeze(0),
-            attn_mask=mask,
-            is_causal=is_whole,
-        )
+    out = scaled_dot_product_attention(
+        query.transpose(0, 1).unsqueeze(0),
+        keys.unsqueeze(0),
+        values.unsqueeze(0),
+        attn_mask=mask,
+        is_causal=is_whole,
+    )
     return out[0].transpose(0, 1)
 
 
-def _backends(query: torch.Tensor) -> AbstractContextManager[None]:
-    """On CUDA, leave out cuDNN: it plans anew for every context length, which costs more than it gains in a batch."""
-    if not query.is_cuda:
+def attention_backends(device: torch.device) -> AbstractContextManager[None]:
+    """Torch's attention kernels for one step. On CUDA without cuDNN's, which plans anew for every context length."""
+    if device.type != "cuda":
         return nullcontext()
     context: AbstractContextManager[None] = sdpa_kernel(
         [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

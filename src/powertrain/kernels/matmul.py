@@ -44,6 +44,8 @@ def _int8_linear_torch(x: torch.Tensor, values: torch.Tensor, scale: torch.Tenso
 def _accepts_int8(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> str | None:
     if x.device.type != "cpu":
         return "torch's int8 kernel runs on a CPU"
+    if values.shape[1] % 32 or values.shape[0] % 4:
+        return f"torch's int8 kernel reads whole vectors: {list(values.shape)} is no multiple of 4 rows by 32"
     if x.shape[0] > MAX_PACKED_ROWS:
         return f"{x.shape[0]} rows: dequantizing once is faster above {MAX_PACKED_ROWS}"
     return None

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from powertrain.kernels.attention import AttentionStep
+from powertrain.kernels.attention import AttentionStep, attention_backends
 from powertrain.model.families import ModelConfig
 from powertrain.model.layers import Block, Linear, RMSNorm, Rope
 from powertrain.model.weights import Dense
@@ -66,8 +66,9 @@ class Decoder:
         """token_ids: int64 [tokens] of this step. Writes their keys and values, returns hidden [tokens, hidden]."""
         x = self.embedding.index_select(0, token_ids)
         rope = self.rope.at(step.positions)
-        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
-            x = block(x, rope, layer_cache, step)
+        with attention_backends(x.device):
+            for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
+                x = block(x, rope, layer_cache, step)
         return x
 
     @torch.inference_mode()

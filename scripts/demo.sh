@@ -23,7 +23,7 @@ trap stop_server EXIT
 
 run powertrain pull smollm2
 
-run powertrain optimize smollm2 "$out" --tpot-ms 50 --max-kl 0.05 --batch 4
+run powertrain optimize smollm2 "$out" --tpot-ms 120 --max-kl 0.05 --batch 4
 
 # The record holds the line that serves the winner. `exec` makes the server the process that is stopped below.
 serve="$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["serve"])' "$out/record.json") --port $port"

@@ -13,9 +13,11 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
     x: [..., d] any float dtype; weight: [d]. The mean is taken in float32, the result has x's dtype.
     """
     # Written out: torch's own rms_norm decomposes into more, slower calls on a CPU.
-    wide = x.to(torch.float32)
-    inverse = (wide * wide).sum(-1, keepdim=True).mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
-    return (wide * inverse).to(x.dtype) * weight
+    wide = x if x.dtype == torch.float32 else x.to(torch.float32)
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    inverse = norm.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
+    normed = wide * inverse
+    return normed.mul_(weight) if x.dtype == torch.float32 else normed.to(x.dtype) * weight
 
 
 def _apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

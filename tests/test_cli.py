@@ -229,6 +229,11 @@ def test_compress_evaluate_and_roofline_on_a_real_model(run: Run, stories260k_di
     assert status == 0, err
     assert "kl_mean" in text
     assert 0 < json.loads(judged.read_text())["kl_mean"] < 0.05
+    assert json.loads((out / "powertrain.json").read_text())["evaluation"] == json.loads(judged.read_text())
+    dry = run("compress", str(stories260k_dir), str(tmp_path / "none"), "--recipe", "W8A16", "--dry-run")
+    assert dry[0] == 0
+    assert "self_attn.q_proj" in dry[1]
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("is_qualified", [True, False])

@@ -243,11 +243,14 @@ def compress(
     group_size: Annotated[
         str | None, typer.Option(help="With a preset: weights that share a scale, or channel.", metavar="N|channel")
     ] = None,
+    dtype: Annotated[DType, typer.Option(help="Type of scales and of what stays dense.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what each layer would get; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
     json: JsonFile = None,
 ) -> None:
     """Quantize a model into a folder that this and other engines read (compressed-tensors)."""
     from powertrain.compress.driver import compress as run
+    from powertrain.compress.driver import plan_compression
     from powertrain.compress.recipe import SCHEMES
 
     chosen: str | dict[str, Any] = recipe
@@ -256,8 +259,11 @@ def compress(
             raise PowertrainError("--group-size goes with a preset; in a recipe file it is a key of each step")
         size = group_size if group_size == "channel" else comma_numbers("--group-size", group_size)[0]
         chosen = {"steps": [{"match": "Linear", "scheme": recipe, "group_size": size}]}
+    if dry_run:
+        print(plan_compression(model, chosen, dtype=dtype).table())
+        return
     with progress_bars() as progress:
-        report = run(model, out, chosen, overwrite=overwrite, progress=progress)
+        report = run(model, out, chosen, dtype=dtype, overwrite=overwrite, progress=progress)
     print(report.summary())
     write_json(json, report.to_dict())
     say(f"next: powertrain evaluate {out} --reference {model}")
@@ -281,6 +287,7 @@ def evaluate(
     json: JsonFile = None,
 ) -> None:
     """How far a model is from another: KL divergence, agreement, perplexity, with 95 % intervals."""
+    from powertrain.compress.manifest import MANIFEST_FILE, update_manifest
     from powertrain.measure.evaluate import evaluate as run
 
     with progress_bars() as progress:
@@ -303,6 +310,9 @@ def evaluate(
     print(f"{'bits_per_weight':<16} {found.bits_per_weight:>10.2f}\n{'bytes':<16} {found.bytes:>10,}")
     say(f"{found.num_tokens:,} tokens in {found.num_windows} windows; intervals are 95 %")
     write_json(json, found.to_dict())
+    if (Path(candidate) / MANIFEST_FILE).is_file():
+        update_manifest(candidate, evaluation=found.to_dict())
+        say(f"kept in {Path(candidate) / MANIFEST_FILE}")
 
 
 @bench.command("engine")

@@ -179,6 +179,7 @@ class EngineStats:
     generation_tokens: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    num_drafts: int = 0
     draft_tokens: int = 0
     accepted_draft_tokens: int = 0
     step_tokens: int = 0

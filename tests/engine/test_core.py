@@ -253,6 +253,18 @@ def test_a_failing_step_ends_its_requests_and_not_the_engine(models, monkeypatch
     assert run(engine, [request("b", [5, 6], max_tokens=3)])["b", 0][1] is FinishReason.LENGTH
 
 
+def test_a_lost_device_is_not_taken_for_a_bad_request(models, monkeypatch):
+    engine = engine_of(models("llama"))
+    engine.add(request("a", [5, 6, 7], max_tokens=4))
+
+    def lose(plan):
+        raise torch.AcceleratorError("device-side assert triggered")
+
+    monkeypatch.setattr(engine.runner, "execute", lose)
+    with pytest.raises(torch.AcceleratorError):
+        engine.step()
+
+
 def test_a_nan_row_ends_one_request_only(models, monkeypatch):
     engine = engine_of(models("llama"))
     expected = run(engine_of(models("llama")), [request("b", [9] * 5, max_tokens=6)])["b", 0][0]

@@ -34,6 +34,10 @@ class Checkpoint(Protocol):
         """
         ...
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape as `load` gives it, from the file's header."""
+        ...
+
     def nbytes(self, name: str) -> int:
         """Bytes the tensor takes on disk."""
         ...

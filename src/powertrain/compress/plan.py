@@ -96,7 +96,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, dtype: str = "auto") -> Co
     if "quantization_config" in checkpoint.config:
         raise PowertrainError(f"{checkpoint.path} is already quantized: compress the model it was made from")
     names = checkpoint.names()
-    shapes = {name: tensor_shape(checkpoint, name) for name in names}
+    shapes = {name: checkpoint.shape(name) for name in names}
     sources = _linear_sources(shapes, names_head=any(HEAD in step.match for step in recipe.steps))
     assigned = recipe.assign(list(sources))
     layers = []
@@ -120,12 +120,6 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, dtype: str = "auto") -> Co
         unties_head=unties_head,
         notes=tuple(notes),
     )
-
-
-def tensor_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
-    """A tensor's shape, from the file's header where the checkpoint knows it."""
-    shape = getattr(checkpoint, "shape", None)
-    return tuple(shape(name)) if callable(shape) else tuple(checkpoint.load(name).shape)
 
 
 def _linear_sources(shapes: dict[str, tuple[int, ...]], names_head: bool) -> dict[str, str]:

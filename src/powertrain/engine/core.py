@@ -34,7 +34,8 @@ class Engine:
     """Continuous batching (Orca, Yu et al. 2022) over a paged cache. One thread calls it; it does no I/O.
 
     `add` refuses what can never run (`InvalidRequest`); `step` computes one plan and returns what it gave; a fault in
-    a step ends the sequences of that step with `FinishReason.ERROR` and leaves the engine alive.
+    a step ends the sequences of that step with `FinishReason.ERROR` and leaves the engine alive, unless the device
+    itself is lost (`torch.AcceleratorError`).
     """
 
     def __init__(self, model: Decoder, config: EngineConfig, name: str, startup_s: float = 0.0) -> None:
@@ -157,6 +158,8 @@ class Engine:
         plan = self.scheduler.schedule()
         try:
             result = self.runner.execute(plan)
+        except torch.AcceleratorError:
+            raise  # the device's context is lost: no later step can succeed, and whoever runs the engine must know
         except Exception as error:  # one bad step must not take the other requests' engine with it
             logger.exception("a step of %d sequences failed", len(plan.chunks))
             return self._fail([chunk.sequence for chunk in plan.chunks], f"{type(error).__name__}: {error}")
@@ -215,8 +218,9 @@ class Engine:
         stats.step_tokens = plan.num_tokens
         for chunk in plan.chunks:
             stats.prompt_tokens += max(0, min(chunk.start + chunk.count, chunk.sequence.num_prompt) - chunk.start)
-            stats.draft_tokens += len(chunk.drafts)
             if chunk.drafts:
+                stats.num_drafts += 1
+                stats.draft_tokens += len(chunk.drafts)
                 stats.accepted_draft_tokens += max(0, len(gained.get(chunk.sequence, ())) - 1)
         stats.generation_tokens += sum(len(tokens) for tokens in gained.values())
 

@@ -14,7 +14,7 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
     """
     # Written out: torch's own rms_norm decomposes into more, slower calls on a CPU.
     wide = x if x.dtype == torch.float32 else x.to(torch.float32)
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    norm: torch.Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     inverse = norm.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
     normed = wide * inverse
     return normed.mul_(weight) if x.dtype == torch.float32 else normed.to(x.dtype) * weight

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from powertrain.checkpoint.source import Checkpoint, open_checkpoint
-from powertrain.compress.plan import tensor_shape
 from powertrain.config import EngineConfig, resolve
 from powertrain.measure.text_data import Window, encode_texts, read_texts, spread, windows_of
 from powertrain.types import PowertrainError
@@ -73,7 +72,7 @@ def count_parameters(checkpoint: Checkpoint) -> int:
         if name.endswith(".weight_shape"):
             total += math.prod(checkpoint.load(name).tolist())
         elif not name.endswith((".weight_packed", ".weight_scale", ".weight_zero_point")):
-            total += math.prod(tensor_shape(checkpoint, name))
+            total += math.prod(checkpoint.shape(name))
     return total
 
 

@@ -227,10 +227,12 @@ def _judges(source: Path, reference: Reference, workload: SpeedWorkload, device:
                 notes.append(warning)
 
     def fidelity(checkpoint: Path) -> Fidelity:
+        from powertrain.compress.manifest import update_manifest
         from powertrain.measure.scoring import read_model
 
         candidate = read_model(checkpoint, device=device)
         whole = reference.compare(candidate)
+        update_manifest(checkpoint, evaluation=whole.to_dict())
         small = reference.compare(candidate, chunk=_SMALL_CHUNK, num_resamples=1)
         low, high = whole.intervals.get("kl_mean", (whole.kl_mean, whole.kl_mean))
         return Fidelity(

@@ -71,6 +71,7 @@ class EngineCollector:
             ("prefix_cache_queries", "Tokens looked up in the prefix cache.", stats.prefix_cache_queries),
             ("prefix_cache_hits", "Tokens found in the prefix cache.", stats.prefix_cache_hits),
             ("prompt_tokens_cached", "Prompt tokens that were not computed again.", stats.prefix_cache_hits),
+            ("spec_decode_num_drafts", "Drafts verified.", stats.num_drafts),
             ("spec_decode_num_draft_tokens", "Tokens drafted.", stats.draft_tokens),
             ("spec_decode_num_accepted_tokens", "Drafted tokens accepted.", stats.accepted_draft_tokens),
             ("bridge_dropped_messages", "Undecodable messages from the engine.", self.num_dropped_messages()),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
 
 from powertrain.checkpoint.load import load_model
 from powertrain.checkpoint.source import open_checkpoint
+from powertrain.model.families import RopeScaling, model_config
+from powertrain.model.layers import rope_frequencies
 from powertrain.types import ModelFileError
 
 FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
@@ -35,6 +39,26 @@ def test_stories260k_logits_equal_transformers(stories260k_dir):
     with torch.inference_mode():
         expected = theirs(ids.unsqueeze(0)).logits[0]
     torch.testing.assert_close(ours.score(ids), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_gguf_file_gives_the_logits_of_the_folder_it_was_made_from(tiny_model_dir, tiny_gguf, family):
+    """q and k rows of llama files are stored permuted, those of qwen files are not: either mistake changes logits."""
+    ids = torch.randint(0, 320, (60,), generator=torch.Generator().manual_seed(2))
+    folder = load_model(open_checkpoint(tiny_model_dir(family)), "cpu", torch.float32)
+    file = load_model(open_checkpoint(tiny_gguf(family, "F32")), "cpu", torch.float32)
+    torch.testing.assert_close(file.score(ids), folder.score(ids), atol=1e-5, rtol=0)
+
+
+def test_rope_factors_of_a_gguf_file_mean_the_llama3_rule(tiny_model_dir):
+    """GGUF stores the divisor of each frequency where config.json states the rule."""
+    config = model_config(open_checkpoint(tiny_model_dir("llama3")).config)
+    stretched = rope_frequencies(config)
+    plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
+    factors = tuple((plain / stretched).tolist())
+    assert max(factors) == pytest.approx(8.0)
+    by_factors = dataclasses.replace(config, rope_scaling=RopeScaling(kind="factors", factors=factors))
+    torch.testing.assert_close(rope_frequencies(by_factors), stretched)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama3"])

@@ -11,7 +11,7 @@ from powertrain.checkpoint.load import load_model
 from powertrain.checkpoint.source import open_checkpoint
 from powertrain.config import EngineConfig
 from powertrain.engine.core import Engine
-from powertrain.types import FinishReason, InvalidRequest, Request, SamplingParams
+from powertrain.types import FinishReason, InvalidRequest, PowertrainError, Request, SamplingParams
 
 FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
 TIE = 1e-3
@@ -237,6 +237,11 @@ def test_a_prompt_beyond_the_pool_is_refused_and_one_that_fills_it_ends(models):
         engine.add(request("a", [5] * 64))
     tokens, reason, _ = run(engine, [request("b", [5] * 60, max_tokens=100)])["b", 0]
     assert (len(tokens), reason) == (4, FinishReason.LENGTH)
+
+
+def test_a_length_beyond_the_model_is_refused(models):
+    with pytest.raises(PowertrainError, match="max_model_len 513 exceeds the 512 positions"):
+        engine_of(models("llama"), max_model_len=513)
 
 
 def test_a_failing_step_ends_its_requests_and_not_the_engine(models, monkeypatch):

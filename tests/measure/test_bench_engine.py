@@ -99,7 +99,7 @@ def test_mixed_lengths_are_counted(
         ({"batches": [0]}, "--batch"),
         ({"batches": []}, "--batch"),
         ({"prompt": 0}, "--prompt"),
-        ({"prompt": 10**6, "batches": [1]}, "holds"),
+        ({"prompt": 10**6, "batches": [1]}, "exceeds"),
     ],
 )
 def test_impossible_workloads_are_refused(

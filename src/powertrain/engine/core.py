@@ -22,6 +22,7 @@ from powertrain.types import (
     EngineStats,
     FinishReason,
     InvalidRequest,
+    PowertrainError,
     Request,
     TokenLogprob,
     TokenOutput,
@@ -42,7 +43,11 @@ class Engine:
         """`config` is resolved here; `model` must live on its device in its dtype."""
         config = resolve(config, has_cuda=model.device.type == "cuda", model_dtype=model.config.dtype)
         block_size = config.cache.block_size
-        max_model_len = min(config.max_model_len or model.config.max_position, model.config.max_position)
+        max_model_len = config.max_model_len or model.config.max_position
+        if max_model_len > model.config.max_position:
+            raise PowertrainError(
+                f"max_model_len {max_model_len} exceeds the {model.config.max_position} positions of the model"
+            )
         num_blocks = config.cache.num_blocks or num_cache_blocks(model, config, max_model_len)
         max_model_len = min(max_model_len, num_blocks * block_size)
         spec = config.speculation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import transformers
 
 from powertrain.checkpoint.load import load_model
 from powertrain.checkpoint.source import open_checkpoint
+from powertrain.compress.driver import compress
 from powertrain.model.families import RopeScaling, model_config
 from powertrain.model.layers import rope_frequencies
 from powertrain.types import ModelFileError
@@ -73,7 +75,6 @@ def test_weight_bytes_are_what_is_held(tiny_model_dir, family):
 
 
 def test_a_missing_tensor_is_named(tiny_model_dir, tmp_path):
-    import json
     import shutil
 
     folder = shutil.copytree(tiny_model_dir("llama"), tmp_path / "broken")
@@ -82,3 +83,13 @@ def test_a_missing_tensor_is_named(tiny_model_dir, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelFileError, match=r"model\.layers\.2\..* is missing"):
         load_model(open_checkpoint(folder), "cpu", torch.float32)
+
+
+def test_the_older_key_of_a_quantized_config_is_read_too(tiny_model_dir, tmp_path):
+    """Files written before `quantization_config` carry `compression_config`: their integers must stay integers."""
+    folder = tmp_path / "w8"
+    compress(tiny_model_dir("llama"), folder, "W8A16")
+    config = json.loads((folder / "config.json").read_text())
+    config["compression_config"] = config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "int8" in load_model(open_checkpoint(folder), "cpu", torch.float32).formats()

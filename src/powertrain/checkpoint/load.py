@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from powertrain.checkpoint.compressed_tensors import load_int_weight, scheme_of
 from powertrain.checkpoint.source import Checkpoint
 from powertrain.model.decoder import Decoder
 from powertrain.model.families import ModelConfig, model_config
@@ -53,7 +54,7 @@ def load_model(
         return tensor.to(device=device, dtype=dtype)
 
     def matrices(layers: list[str]) -> list[WeightFormat]:
-        schemes = [_scheme_of(checkpoint, layer) for layer in layers]
+        schemes = [scheme_of(checkpoint.config, layer) for layer in layers]
         scheme = schemes[0]
         if any(other != scheme for other in schemes):
             return [fmt for layer in layers for fmt in matrices([layer])]
@@ -83,17 +84,7 @@ def _linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     return shapes | {"lm_head": (config.vocab_size, config.hidden_size)}
 
 
-def _scheme_of(checkpoint: Checkpoint, layer: str) -> QuantScheme | None:
-    if "quantization_config" not in checkpoint.config:
-        return None
-    from powertrain.checkpoint.compressed_tensors import scheme_of
-
-    return scheme_of(checkpoint.config, layer)
-
-
 def _int_weight(checkpoint: Checkpoint, layer: str, scheme: QuantScheme, shape: tuple[int, int]) -> IntWeight:
-    from powertrain.checkpoint.compressed_tensors import load_int_weight
-
     weight = load_int_weight(checkpoint, layer, scheme)
     if tuple(weight.values.shape) != shape:
         raise ModelFileError(
@@ -113,12 +104,13 @@ def _assemble(
 ) -> Decoder:
     """The decoder from its tensors' sources; both a checkpoint and random numbers come through here."""
 
+    shapes = _linear_shapes(config)
+
     def norm(name: str, size: int) -> RMSNorm:
         return RMSNorm(vector(f"{name}.weight", size), config.rms_norm_eps)
 
     def linear(prefix: str, names: list[str], has_bias: bool) -> Linear:
         layers = [f"{prefix}.{name}" for name in names]
-        shapes = _linear_shapes(config)
         bias = torch.cat([vector(f"{layer}.bias", shapes[layer][0]) for layer in layers]) if has_bias else None
         return Linear(matrices(layers), bias)
 

@@ -6,6 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from powertrain.types import (
     InvalidRequest,
     PowertrainError,
     Request,
+    SamplingParams,
     TokenLogprob,
     TokenOutput,
 )
@@ -39,7 +41,7 @@ class Engine:
     itself is lost (`torch.AcceleratorError`).
     """
 
-    def __init__(self, model: Decoder, config: EngineConfig, name: str, startup_s: float = 0.0) -> None:
+    def __init__(self, model: Decoder, config: EngineConfig, name: str) -> None:
         """`config` is resolved here; `model` must live on its device in its dtype."""
         config = resolve(config, has_cuda=model.device.type == "cuda", model_dtype=model.config.dtype)
         block_size = config.cache.block_size
@@ -72,7 +74,6 @@ class Engine:
             max_num_seqs=config.scheduler.max_num_seqs,
             device=str(model.device),
             dtype=str(model.dtype).removeprefix("torch."),
-            startup_s=startup_s,
         )
         self._seeds = random.Random(config.seed)
         self._stats = EngineStats(num_blocks=num_blocks)
@@ -95,13 +96,11 @@ class Engine:
         model = load_model(checkpoint, config.device, getattr(torch, config.dtype), config.max_model_len, on_progress)
         engine = cls(model, config, Path(path).stem if Path(path).is_file() else Path(path).name)
         engine.warm_up()
-        engine.info = _with_startup(engine.info, time.perf_counter() - start)
+        engine.info = replace(engine.info, startup_s=time.perf_counter() - start)
         return engine
 
     def warm_up(self) -> None:
         """One prompt and one decode step through the real path, so that the first request meets no first-time cost."""
-        from powertrain.types import SamplingParams
-
         sampling = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
         length = min(8, self.info.max_model_len - 1)
         self.add(Request(request_id="warm-up", prompt_token_ids=(0,) * max(1, length), sampling=sampling))
@@ -244,9 +243,3 @@ class Engine:
         """End everything that is alive. The engine takes no request afterwards."""
         self.scheduler.end([*self.scheduler.running, *self.scheduler.waiting], FinishReason.ABORT)
         self._prompt_logprobs.clear()
-
-
-def _with_startup(info: EngineInfo, seconds: float) -> EngineInfo:
-    from dataclasses import replace
-
-    return replace(info, startup_s=seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -55,17 +56,9 @@ def _cuda_budget(model: Decoder, config: EngineConfig, max_model_len: int) -> in
     block_size = config.cache.block_size
     num_blocks = -(-num_tokens // block_size)
     cache = KVCache(model.config, num_blocks, block_size, model.norm.weight)
-    positions = torch.arange(num_tokens, device=model.device)
-    step = AttentionStep(
-        positions=positions % max_model_len,
-        slots=positions,
-        query_lens=[num_tokens],
-        context_lens=[num_tokens],
-        block_tables=torch.arange(num_blocks, device=model.device).unsqueeze(0),
-        context_lens_tensor=positions[:0],
-        num_decodes=0,
-    )
-    hidden = model.forward(torch.zeros_like(positions), step, cache)
+    step = AttentionStep.of_one(0, num_tokens, num_blocks, model.device)
+    step = replace(step, positions=step.positions % max_model_len)
+    hidden = model.forward(torch.zeros_like(step.positions), step, cache)
     model.logits(hidden[: config.scheduler.max_num_seqs])
     torch.cuda.synchronize(model.device)
     peak = torch.cuda.max_memory_allocated(model.device)

@@ -33,6 +33,20 @@ class AttentionStep:
     num_decodes: int
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def of_one(cls, start: int, stop: int, num_blocks: int, device: torch.device) -> AttentionStep:
+        """Positions `start` to `stop` of a single sequence that owns the cache's first `num_blocks` blocks in order."""
+        positions = torch.arange(start, stop, device=device)
+        return cls(
+            positions=positions,
+            slots=positions,
+            query_lens=[stop - start],
+            context_lens=[stop],
+            block_tables=torch.arange(num_blocks, device=device).unsqueeze(0),
+            context_lens_tensor=torch.tensor([stop], device=device),
+            num_decodes=1 if stop - start == 1 else 0,
+        )
+
 
 def _write_kv(key_value: torch.Tensor, cache: torch.Tensor, step: AttentionStep) -> None:
     """Store keys and values [tokens, 2 * kv_heads, d], keys first, at the step's slots of the layer's cache.

@@ -87,20 +87,10 @@ class Decoder:
         num_blocks = -(-num_tokens // block_size)
         cache = KVCache(self.config, num_blocks, block_size, self.norm.weight)
         token_ids = token_ids.to(self.device)
-        table = torch.arange(num_blocks, device=self.device).unsqueeze(0)
         parts = []
         for start in range(0, num_tokens, chunk):
             stop = min(start + chunk, num_tokens)
-            positions = torch.arange(start, stop, device=self.device)
-            step = AttentionStep(
-                positions=positions,
-                slots=positions,
-                query_lens=[stop - start],
-                context_lens=[stop],
-                block_tables=table,
-                context_lens_tensor=torch.tensor([stop], device=self.device),
-                num_decodes=1 if stop - start == 1 else 0,
-            )
+            step = AttentionStep.of_one(start, stop, num_blocks, self.device)
             parts.append(self.logits(self.forward(token_ids[start:stop], step, cache)))
         return torch.cat(parts)
 

@@ -117,10 +117,6 @@ class EngineClient:
         return self._process.pid if self._process else None
 
     @property
-    def is_alive(self) -> bool:
-        return self._info is not None and self.error is None
-
-    @property
     def num_dropped_messages(self) -> int:
         return self._inbox.num_dropped
 

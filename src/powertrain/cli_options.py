@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from powertrain.config import Kernels, KVCacheDType
 from powertrain.types import PowertrainError
 
 Model = Annotated[
@@ -23,7 +24,11 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     "device": (Device, "Where to run; auto takes CUDA if there is one."),
-    "dtype": (DType, "Activation and KV type; auto is the checkpoint's on CUDA, float32 on CPU."),
+    "dtype": (DType, "Type of dense weights and activations; auto is the checkpoint's on CUDA, float32 on CPU."),
+    "kernels": (
+        Kernels,
+        "CPU kernels; auto takes the native ones where they are built and --dtype is not given, else the reference.",
+    ),
     "max_model_len": (int, "Longest prompt plus output, in tokens."),
     "max_num_seqs": (int, "Most sequences in one step."),
     "max_num_batched_tokens": (int, "Token budget of one step, shared by decodes and prefill chunks."),
@@ -31,8 +36,11 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     "num_blocks": (int, "KV blocks in the pool; sized from memory if not given."),
     "kv_cache_memory_bytes": (int, "Bytes for the KV pool, if --num-blocks is not given."),
     "gpu_memory_utilization": (float, "Share of GPU memory to use."),
-    "kv_cache_dtype": (Literal["auto"], "KV cache type."),
-    "threads": (int, "CPU threads; all cores if not given."),
+    "kv_cache_dtype": (
+        KVCacheDType,
+        "KV cache type; auto is float16 on the native kernels, else that of activations. int8 needs the native ones.",
+    ),
+    "threads": (int, "CPU threads; one per physical core if not given."),
     "seed": (int, "Seed of requests that bring none."),
 }
 

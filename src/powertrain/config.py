@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Set
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from powertrain.types import PowertrainError
+
+KVCacheDType = Literal["auto", "float32", "float16", "int8"]
+Kernels = Literal["auto", "native", "reference"]
+
+NATIVE_BLOCK_SIZE = 16
+"""The native kernels read keys and values this many tokens at a time: their KV blocks are multiples of it."""
+
+INT8_CACHE_IS_NATIVE = "--kv-cache-dtype int8 runs on the native CPU kernels only: use --kernels native, or float16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
-    """The paged KV cache. `num_blocks` None sizes the pool from memory (`kv_cache_memory_bytes` if given)."""
+    """The paged KV cache. `num_blocks` None sizes the pool from memory (`kv_cache_memory_bytes` if given).
+
+    `kv_cache_dtype` auto is float16 on the native kernels and the compute type elsewhere; only the native have int8.
+    """
 
     block_size: int = 16
     num_blocks: int | None = None
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
-    kv_cache_dtype: Literal["auto"] = "auto"
+    kv_cache_dtype: KVCacheDType = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,10 +54,15 @@ class SpeculationConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Everything the engine takes. `device` and `dtype` "auto" are resolved by `resolve`."""
+    """Everything the engine takes. `device`, `dtype` and `threads` are settled by `resolve`.
+
+    `kernels` auto takes the native ones on a CPU where they are built; a `dtype` that is not auto asks for torch's
+    products on weights of that type, which only the reference path has.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kernels: Kernels = "auto"
     max_model_len: int | None = None
     threads: int | None = None
     seed: int = 0
@@ -86,13 +103,29 @@ class EngineConfig:
 
 
 def resolve(config: EngineConfig, *, has_cuda: bool, model_dtype: str) -> EngineConfig:
-    """Settle `auto`: the GPU where there is one; float32 on a CPU, the model's 16-bit kind (or bfloat16) on a GPU."""
+    """Settle `auto`: the GPU where there is one; float32 on a CPU, the model's 16-bit kind (or bfloat16) on a GPU.
+
+    `kernels` becomes "reference" where the native ones cannot or shall not run: on a GPU, or by an explicit `dtype`.
+    Where it stays "auto" they run if they are built. Resolve what the user gave, once: a settled dtype is explicit.
+    """
+    _check_ranges(config)
     if config.device == "cuda" and not has_cuda:
         raise PowertrainError("--device cuda: torch sees no CUDA device here; use --device cpu")
     device: Literal["cpu", "cuda"] = "cpu" if config.device == "cpu" or not has_cuda else "cuda"
+    kernels = config.kernels
+    if kernels == "auto" and (device == "cuda" or config.dtype != "auto"):
+        kernels = "reference"
+    if kernels == "native":
+        _check_native(config, device)
+    if kernels == "reference" and config.cache.kv_cache_dtype == "int8":
+        raise PowertrainError(INT8_CACHE_IS_NATIVE)
     dtype = config.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else ("float16" if model_dtype == "float16" else "bfloat16")
+    return replace(config, device=device, dtype=dtype, kernels=kernels, threads=config.threads or physical_cores())
+
+
+def _check_ranges(config: EngineConfig) -> None:
     for name, value in (
         ("max_num_seqs", config.scheduler.max_num_seqs),
         ("max_num_batched_tokens", config.scheduler.max_num_batched_tokens),
@@ -105,7 +138,26 @@ def resolve(config: EngineConfig, *, has_cuda: bool, model_dtype: str) -> Engine
             raise PowertrainError(f"{name} must be at least 1, got {value}")
     if not 0 < config.cache.gpu_memory_utilization <= 1:
         raise PowertrainError(f"gpu_memory_utilization must be in (0, 1], got {config.cache.gpu_memory_utilization}")
-    return replace(config, device=device, dtype=dtype, threads=config.threads or physical_cores())
+    for name, chosen, known in (
+        ("kernels", config.kernels, get_args(Kernels)),
+        ("kv_cache_dtype", config.cache.kv_cache_dtype, get_args(KVCacheDType)),
+    ):
+        if chosen not in known:
+            raise PowertrainError(f"{name} must be one of {', '.join(known)}, got {chosen!r}")
+
+
+def _check_native(config: EngineConfig, device: str) -> None:
+    if device != "cpu":
+        raise PowertrainError("--kernels native runs on a CPU: add --device cpu, or leave --kernels out")
+    if config.dtype not in ("auto", "float32"):
+        raise PowertrainError(
+            f"--dtype {config.dtype} goes with --kernels reference: the native kernels run weights as they are stored"
+        )
+    if config.cache.block_size % NATIVE_BLOCK_SIZE:
+        raise PowertrainError(
+            f"block_size must be a multiple of {NATIVE_BLOCK_SIZE} on the native kernels, "
+            f"got {config.cache.block_size}; or use --kernels reference"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,5 +196,45 @@ def api_keys_from_environment() -> tuple[str, ...]:
 
 
 def physical_cores() -> int:
-    """Cores this process may run on (an upper bound where hyper-threads share one)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may use: its CPUs with hyper-threads of one core counted once, within its cgroup's quota."""
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = count_cores(cpus, Path("/sys/devices/system/cpu"))
+    quota = cpu_quota(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def count_cores(cpus: Set[int], system: Path) -> int:
+    """Distinct cores behind `cpus`, from the topology files under `system`; a CPU without one counts as a core."""
+    cores = set()
+    for cpu in cpus:
+        topology = system / f"cpu{cpu}" / "topology"
+        names = ("core_cpus_list", "thread_siblings_list")  # the kernel's new and old name of the same list
+        siblings = [text for name in names if (text := _read(topology / name))]
+        cores.add(siblings[0] if siblings else str(cpu))
+    return len(cores)
+
+
+def cpu_quota(cgroups: Path, membership: Path) -> float | None:
+    """CPUs' worth of time per period that the cgroup in `membership` and those above it grant; None without a limit."""
+    quotas = []
+    for line in _read(membership).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            group = cgroups / path.strip("/")
+            for folder in (group, *group.parents):
+                quotas.append(tuple((_read(folder / "cpu.max") or "max 1").split()))
+                if folder == cgroups:
+                    break
+        elif "cpu" in controllers.split(","):
+            for folder in (cgroups / "cpu" / path.strip("/"), cgroups / "cpu"):
+                quotas.append((_read(folder / "cpu.cfs_quota_us") or "-1", _read(folder / "cpu.cfs_period_us") or "1"))
+    limits = [int(quota) / int(period) for quota, period in quotas if quota.isdigit()]
+    return min(limits, default=None)
+
+
+def _read(path: Path) -> str:
+    """A small file of the kernel's, stripped; empty where there is none."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

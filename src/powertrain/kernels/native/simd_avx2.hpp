@@ -1,0 +1,56 @@
+// AVX2, FMA and F16C.
+
+constexpr int LANES = 8;
+typedef float F __attribute__((vector_size(32)));
+typedef int32_t I __attribute__((vector_size(32)));
+
+static inline F load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+static inline void store_f16(uint16_t* p, F v) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+static inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+static inline F round(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline F sqrt(F v) { return _mm256_sqrt_ps(v); }
+
+// 32 inputs of 8 outputs as unsigned codes. Sums of pairs run in 16 bits, which cannot overflow for 4-bit codes:
+// 8 sums of 2 * 15 * 127 are 30,480. Bytes are split in two such codes, the upper one weighted by 16 at the end.
+struct Codes {
+    __m256i w[8], high[8];
+
+    void load_u4(const uint8_t* block, int part) {
+        const __m256i mask = _mm256_set1_epi8(15);
+        for (int j = 0; j < 4; ++j) {
+            const __m256i v = _mm256_loadu_si256((const __m256i*)(block + j * 64 + part * 32));
+            w[j] = _mm256_and_si256(v, mask);
+            w[j + 4] = _mm256_and_si256(_mm256_srli_epi16(v, 4), mask);
+        }
+    }
+    void load_s8(const uint8_t* block, int part) {
+        const __m256i mask = _mm256_set1_epi8(15), flip = _mm256_set1_epi8((char)0x80);
+        for (int j = 0; j < 8; ++j) {
+            const __m256i v = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(block + j * 64 + part * 32)), flip);
+            w[j] = _mm256_and_si256(v, mask);
+            high[j] = _mm256_and_si256(_mm256_srli_epi16(v, 4), mask);
+        }
+    }
+    static __m256i four(const int8_t* a) {
+        int32_t word;
+        __builtin_memcpy(&word, a, 4);
+        return _mm256_set1_epi32(word);
+    }
+    I dot_u4(const int8_t* a) const {
+        __m256i sum = _mm256_maddubs_epi16(w[0], four(a));
+        for (int j = 1; j < 8; ++j) sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w[j], four(a + 4 * j)));
+        return (I)_mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+    }
+    I dot_s8(const int8_t* a) const {
+        __m256i low = _mm256_maddubs_epi16(w[0], four(a)), up = _mm256_maddubs_epi16(high[0], four(a));
+        for (int j = 1; j < 8; ++j) {
+            const __m256i x = four(a + 4 * j);
+            low = _mm256_add_epi16(low, _mm256_maddubs_epi16(w[j], x));
+            up = _mm256_add_epi16(up, _mm256_maddubs_epi16(high[j], x));
+        }
+        return (I)_mm256_add_epi32(_mm256_madd_epi16(low, _mm256_set1_epi16(1)),
+                                   _mm256_madd_epi16(up, _mm256_set1_epi16(16)));
+    }
+};

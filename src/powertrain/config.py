@@ -195,6 +195,12 @@ def api_keys_from_environment() -> tuple[str, ...]:
     return tuple(key for key in os.environ.get("POWERTRAIN_API_KEY", "").split(",") if key)
 
 
+def native_module_path() -> Path | None:
+    """Another build of the native kernels than the installed one, the sanitized one say: $POWERTRAIN_NATIVE."""
+    path = os.environ.get("POWERTRAIN_NATIVE")
+    return Path(path).expanduser() if path else None
+
+
 def physical_cores() -> int:
     """Cores this process may use: its CPUs with hyper-threads of one core counted once, within its cgroup's quota."""
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))

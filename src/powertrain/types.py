@@ -197,6 +197,8 @@ class EngineInfo:
     max_num_seqs: int
     device: str
     dtype: str
+    kernels: str = ""
+    """What runs the ops, for the start line: `native kernels: avx2`, or why there are none. Empty: nothing to say."""
     startup_s: float = 0.0
 
 

@@ -97,6 +97,7 @@ def test_card_of_a_bare_config(tmp_path: Path) -> None:
     assert dense["decode"][0]["floor_ms"] == pytest.approx(5.05, rel=2e-3)
     assert dense["decode"][1]["output_tokens_per_s"] == pytest.approx(15_556, rel=2e-3)
     assert dense["prefill"]["bound"] == "compute"
+    assert made["kernels"] == "", "native kernels are for CPUs"
     console = Console(width=80)
     with console.capture() as captured:
         console.print(card.table())
@@ -106,8 +107,11 @@ def test_card_of_a_bare_config(tmp_path: Path) -> None:
 
 
 def test_card_of_a_checkpoint_agrees_with_the_loaded_model(tiny_model_dir: Callable[[str], Path]) -> None:
+    from rich.console import Console
+
     from powertrain.checkpoint.load import load_model
     from powertrain.checkpoint.source import open_checkpoint
+    from powertrain.kernels import native
 
     folder = tiny_model_dir("llama")
     ceilings = Ceilings(1e10, 1e11, "cpu", "float32", 1)
@@ -115,5 +119,10 @@ def test_card_of_a_checkpoint_agrees_with_the_loaded_model(tiny_model_dir: Calla
     decoder = load_model(open_checkpoint(folder), "cpu", torch.float32)
     floor = decode_floor(decoder, ceilings, 2, 16)
     row = card.to_dict()["results"][0]
+    assert card.to_dict()["kernels"] == native.describe()
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(card.table())
+    assert native.describe() in captured.get()
     assert card.kv_bytes_per_token == decoder.kv_bytes_per_token()
     assert row["decode"][0]["floor_ms"] == pytest.approx(floor.ms, rel=1e-2)

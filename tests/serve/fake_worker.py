@@ -41,6 +41,7 @@ class FakeEngine:
             max_num_seqs=config.scheduler.max_num_seqs,
             device="fake",
             dtype="none",
+            kernels="native kernels: none (this engine is fake)",
         )
         self._step_s = config.seed / 1000
         self._requests: dict[tuple[str, int], Request] = {}

@@ -294,6 +294,7 @@ def test_start_line_and_port_zero(start: Start) -> None:
     server = start().wait_ready()
     assert server.port > 0
     assert "serving fake at http://127.0.0.1:" in server.start_line
+    assert "native kernels: none (this engine is fake)" in server.start_line
     assert "on fake" in server.start_line
 
 

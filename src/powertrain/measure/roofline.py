@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 
 from powertrain.config import physical_cores
+from powertrain.kernels import native
 from powertrain.model.families import ModelConfig, model_config
 from powertrain.types import PowertrainError
 
@@ -182,6 +183,8 @@ class RooflineCard:
     ceilings: Ceilings
     context: int
     kv_bytes_per_token: int
+    kernels: str
+    """Which native kernels this machine has, or why none; empty on a GPU."""
     formats: tuple[dict[str, Any], ...]
     """One row a weight format: `name, weight_bytes, compute_bound_batch, decode, prefill`, where `decode` has a row a
     batch (`batch, floor_ms, output_tokens_per_s, bound`) and `prefill` is `tokens, floor_ms, tokens_per_s, bound`."""
@@ -193,6 +196,7 @@ class RooflineCard:
             "ceilings": asdict(self.ceilings),
             "context": self.context,
             "kv_bytes_per_token": self.kv_bytes_per_token,
+            "kernels": self.kernels,
             "results": list(self.formats),
         }
 
@@ -229,7 +233,8 @@ def card(
         stored = ConfigCosts(config=config, weight_format="none", dtype_bytes=size, stored_bytes=_stored_bytes(path))
         variants = {"as stored": stored, **variants}
     rows = tuple(_format_row(name, costs, ceilings, batches, context) for name, costs in variants.items())
-    return RooflineCard(str(model), ceilings, context, config.kv_bytes_per_token(size), rows)
+    kernels = native.describe() if device == "cpu" else ""
+    return RooflineCard(str(model), ceilings, context, config.kv_bytes_per_token(size), kernels, rows)
 
 
 def _stored_bytes(path: Path) -> int:
@@ -289,6 +294,7 @@ def _render(shown: RooflineCard) -> Group:
         f"  memory read      {ceilings.read_bytes_per_s / 1e9:,.1f} GB/s\n",
         f"  {ceilings.dtype} product  {ceilings.matmul_flops_per_s / 1e9:,.0f} GFLOP/s\n",
         f"  KV cache         {shown.kv_bytes_per_token / 1024:,.1f} KiB per token\n",
+        f"  {shown.kernels}\n" if shown.kernels else "",
         f"Floors at {shown.context} tokens of context: no engine on this machine can be faster.",
     )
     table = Table(header_style="bold", pad_edge=False, box=box.SIMPLE_HEAD)

@@ -22,7 +22,7 @@ from powertrain.serve.http_guard import HttpLimits, guarded_protocol
 from powertrain.serve.metrics import Metrics
 from powertrain.serve.sampling import load_sampling_defaults
 from powertrain.serve.service import TextService
-from powertrain.types import PowertrainError
+from powertrain.types import EngineInfo, PowertrainError
 
 logger = logging.getLogger("powertrain.serve")
 
@@ -74,6 +74,12 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def start_text(info: EngineInfo) -> str:
+    """What an engine runs on, for the line that says that the server is ready."""
+    text = f"{info.device} ({info.dtype}, {info.max_model_len} tokens)"
+    return f"{text}; {info.kernels}" if info.kernels else text
+
+
 class _Uvicorn(uvicorn.Server):
     """uvicorn without its own signal handling: it closes the door at the first signal, we keep it open to drain."""
 
@@ -113,7 +119,7 @@ class Server:
                 await asyncio.sleep(0.005)
             host, port = listener.getsockname()[:2]
             url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-            print(f"serving {name} at {url} on {info.device} ({info.dtype}, {info.max_model_len} tokens)", flush=True)
+            print(f"serving {name} at {url} on {start_text(info)}", flush=True)
             await self._wait_for_stop(serving)
             await self._drain(service)
             web.should_exit = True

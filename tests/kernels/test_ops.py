@@ -77,9 +77,8 @@ def test_paged_attention_equals_arithmetic_written_out(window, heads, kv_heads):
             else:
                 slots.append(int(block) * block_size + offset)
                 positions.append(position)
-    step = AttentionStep(
-        torch.tensor(positions), torch.tensor(slots), counts, contexts, tables, torch.tensor(contexts[:2]), 2
-    )
+    step = AttentionStep(counts, contexts, tables.numpy(), block_size, torch.device("cpu"))
+    assert (step.positions.tolist(), step.slots.tolist(), step.num_decodes) == (positions, slots, 2)
     new = [slice(context - count, context) for context, count in zip(contexts, counts, strict=True)]
     pairs = [torch.cat((k[s], v[s]), dim=1) for k, v, s in zip(keys, values, new, strict=True)]
     write_kv(torch.cat(pairs), cache, step)

@@ -17,7 +17,7 @@ from powertrain.engine.memory import num_cache_blocks
 from powertrain.engine.runner import Runner, StepResult
 from powertrain.engine.scheduler import Plan, Scheduler, Sequence
 from powertrain.engine.speculate import NgramProposer
-from powertrain.model.decoder import Decoder, KVCache
+from powertrain.model.decoder import Decoder
 from powertrain.types import (
     EngineInfo,
     EngineStats,
@@ -44,6 +44,7 @@ class Engine:
     def __init__(self, model: Decoder, config: EngineConfig, name: str) -> None:
         """`config` is resolved here; `model` must live on its device in its dtype."""
         config = resolve(config, has_cuda=model.device.type == "cuda", model_dtype=model.config.dtype)
+        model = model.with_kv_cache_dtype(config.cache.kv_cache_dtype)
         block_size = config.cache.block_size
         max_model_len = config.max_model_len or model.config.max_position
         if max_model_len > model.config.max_position:
@@ -63,8 +64,9 @@ class Engine:
             NgramProposer(spec) if spec else None,
             spec.num_speculative_tokens if spec else 0,
         )
-        cache = KVCache(model.config, num_blocks, block_size, model.norm.weight)
-        self.runner = Runner(model, cache, config.scheduler.max_num_seqs, max_model_len)
+        self.runner = Runner(
+            model, model.new_cache(num_blocks, block_size), config.scheduler.max_num_seqs, max_model_len
+        )
         self.info = EngineInfo(
             model=name,
             vocab_size=model.config.vocab_size,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from powertrain.config import EngineConfig
 from powertrain.kernels.attention import AttentionStep
-from powertrain.model.decoder import Decoder, KVCache
+from powertrain.model.decoder import Decoder
 from powertrain.types import PowertrainError
 
 _CPU_SHARE = 0.25
@@ -47,17 +47,15 @@ def _cpu_budget() -> int:
 
 
 def _cuda_budget(model: Decoder, config: EngineConfig, max_model_len: int) -> int:
-    """Measure the peak of one prompt that fills the token budget, with logits for every slot.
-
-    Its positions wrap at `max_model_len`, where the rotary tables may end: only the memory matters here.
-    """
+    """Measure the peak of a step of prompts that fill the token budget, with logits for every slot."""
     torch.cuda.reset_peak_memory_stats(model.device)
-    num_tokens = config.scheduler.max_num_batched_tokens
-    block_size = config.cache.block_size
-    num_blocks = -(-num_tokens // block_size)
-    cache = KVCache(model.config, num_blocks, block_size, model.norm.weight)
-    step = AttentionStep.of_one(0, num_tokens, num_blocks, model.device)
-    step = replace(step, positions=step.positions % max_model_len)
+    num_tokens, block_size = config.scheduler.max_num_batched_tokens, config.cache.block_size
+    num_full, rest = divmod(num_tokens, max_model_len)
+    lens = [rest] * (rest > 0) + [max_model_len] * num_full
+    width = -(-max(lens) // block_size)
+    tables = np.arange(len(lens) * width).reshape(len(lens), width)
+    cache = model.new_cache(tables.size, block_size)
+    step = AttentionStep(lens, lens, tables, block_size, model.device)
     hidden = model.forward(torch.zeros_like(step.positions), step, cache)
     model.logits(hidden[: config.scheduler.max_num_seqs])
     torch.cuda.synchronize(model.device)

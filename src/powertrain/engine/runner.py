@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from powertrain.engine.sampler import Row, logprobs_of, sample
+from powertrain.engine.sampler import Row, logprobs_of, num_candidates, sample, sample_top
 from powertrain.engine.scheduler import Chunk, Plan, Sequence
 from powertrain.kernels.attention import AttentionStep
 from powertrain.model.decoder import Decoder, KVCache
@@ -52,42 +52,36 @@ class Runner:
     def _inputs(self, chunks: ListLike[Chunk]) -> tuple[torch.Tensor, AttentionStep]:
         block_size = self.cache.block_size
         token_ids: list[int] = []
-        positions = np.concatenate([np.arange(chunk.start, chunk.start + chunk.count) for chunk in chunks])
-        slots = np.repeat([chunk.sequence.slot for chunk in chunks], [chunk.count for chunk in chunks])
-        num_blocks = 1
+        slots: list[int] = []
+        query_lens: list[int] = []
+        context_lens: list[int] = []
         for chunk in chunks:
-            sequence = chunk.sequence
-            known = sequence.token_ids[chunk.start : chunk.start + chunk.count]
-            token_ids.extend(known)
-            token_ids.extend(chunk.drafts[: chunk.count - len(known)])
-            table = sequence.block_table
-            first = 0 if chunk.is_new else chunk.start // block_size
-            self._tables[sequence.slot, first : len(table)] = table[first:]
-            num_blocks = max(num_blocks, -(-(chunk.start + chunk.count) // block_size))
-        places = self._tables[slots, positions // block_size] * block_size + positions % block_size
-        context_lens = [chunk.start + chunk.count for chunk in chunks]
-        num_decodes = sum(chunk.count == 1 for chunk in chunks)
-        step = AttentionStep(
-            positions=self._tensor(positions),
-            slots=self._tensor(places),
-            query_lens=[chunk.count for chunk in chunks],
-            context_lens=context_lens,
-            block_tables=self._tensor(self._tables[[chunk.sequence.slot for chunk in chunks], :num_blocks]),
-            context_lens_tensor=self._tensor(np.asarray(context_lens[:num_decodes], dtype=np.int64)),
-            num_decodes=num_decodes,
-        )
-        return self._tensor(np.asarray(token_ids, dtype=np.int64)), step
+            sequence, stop = chunk.sequence, chunk.start + chunk.count
+            known = sequence.token_ids[chunk.start : stop]
+            token_ids += known
+            token_ids += chunk.drafts[: chunk.count - len(known)]
+            # the blocks of what is computed are in the array since the step that computed it
+            first = 0 if chunk.is_new else -(-chunk.start // block_size)
+            if new := sequence.block_table[first:]:
+                self._tables[sequence.slot, first : first + len(new)] = new
+            slots.append(sequence.slot)
+            query_lens.append(chunk.count)
+            context_lens.append(stop)
+        tables = self._tables[slots, : -(-max(context_lens) // block_size)]
+        step = AttentionStep(query_lens, context_lens, tables, block_size, self.model.device)
+        return self._tensor(token_ids), step
 
-    def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.model.device, non_blocking=True)
+    def _tensor(self, values: list[int]) -> torch.Tensor:
+        return torch.from_numpy(np.array(values, dtype=np.int64)).to(self.model.device, non_blocking=True)
 
     def _sample(self, chunks: ListLike[Chunk], hidden: torch.Tensor, result: StepResult) -> None:
         """Logits only for the rows that give tokens: each sampling chunk's last known token and its drafts."""
-        ends = np.cumsum([chunk.count for chunk in chunks])
         sampling: list[Chunk] = []
         index: list[int] = []
         rows: list[Row] = []
-        for chunk, end in zip(chunks, ends, strict=True):
+        end = 0
+        for chunk in chunks:
+            end += chunk.count
             if not chunk.samples:
                 continue
             if len(chunk.sequence.token_ids) >= chunk.sequence.max_length:
@@ -98,24 +92,49 @@ class Runner:
             rows.extend(_rows(chunk))
         if not rows:
             return
-        logits = self.model.logits(hidden[self._tensor(np.asarray(index))])
-        wants = [row.sampling.logprobs for row in rows]
-        raw = logits.clone() if any(want is not None for want in wants) else logits
-        tokens = sample(logits, rows)
-        accepted_rows = _verify(sampling, tokens, result)
-        self._logprobs(accepted_rows, raw, wants, result)
+        tokens: list[int | None] = [None] * len(rows)
+        hidden = self._take(hidden, index)
+        rest = self._draw_from_top(hidden, rows, tokens)
+        entries = self._draw_from_all(hidden, rows, rest, tokens) if rest else {}
+        for sequence, at in _verify(sampling, tokens, result):
+            if at in entries:
+                result.logprobs.setdefault(sequence, []).append(entries[at])
 
-    @staticmethod
-    def _logprobs(
-        accepted: list[tuple[Sequence, int, int]], raw: torch.Tensor, wants: list[int | None], result: StepResult
-    ) -> None:
-        asked = [(sequence, row, token) for sequence, row, token in accepted if wants[row] is not None]
-        if not asked:
-            return
-        counts = [wants[row] or 0 for _, row, _ in asked]
-        entries = logprobs_of(raw[[row for _, row, _ in asked]], [token for _, _, token in asked], counts)
-        for (sequence, _, _), entry in zip(asked, entries, strict=True):
-            result.logprobs.setdefault(sequence, []).append(entry)
+    def _take(self, hidden: torch.Tensor, index: list[int]) -> torch.Tensor:
+        """The rows `index`, which ascend, of hidden [rows, hidden]."""
+        return hidden if len(index) == hidden.shape[0] else hidden.index_select(0, self._tensor(index))
+
+    def _draw_from_top(self, hidden: torch.Tensor, rows: ListLike[Row], tokens: list[int | None]) -> list[int]:
+        """Fill in the tokens of the rows that their largest logits decide; returns the numbers of the others.
+
+        Each row is looked at by itself, so that the way it takes, and its token, do not depend on the batch.
+        """
+        wanted = [num_candidates(row) for row in rows]
+        short = [at for at, count in enumerate(wanted) if count is not None]
+        if not short:
+            return list(range(len(rows)))
+        k = min(max(count for count in wanted if count is not None), self.model.config.vocab_size)
+        found, again = sample_top(*self.model.top_logits(self._take(hidden, short), k), [rows[at] for at in short])
+        for at, token in zip(short, found, strict=True):
+            tokens[at] = token
+        undecided = {short[at] for at in again}
+        return [at for at, count in enumerate(wanted) if count is None or at in undecided]
+
+    def _draw_from_all(
+        self, hidden: torch.Tensor, rows: ListLike[Row], numbers: list[int], tokens: list[int | None]
+    ) -> dict[int, TokenLogprob]:
+        """Fill in the tokens of the rows `numbers`; returns the log-probabilities of those that ask, by number."""
+        logits = self.model.logits(self._take(hidden, numbers))
+        asks = [place for place, at in enumerate(numbers) if rows[at].sampling.logprobs is not None]
+        raw = logits[asks]
+        drawn = sample(logits, [rows[at] for at in numbers])
+        for at, token in zip(numbers, drawn, strict=True):
+            tokens[at] = token
+        if not asks:
+            return {}
+        counts = [rows[numbers[place]].sampling.logprobs or 0 for place in asks]
+        entries = logprobs_of(raw, [drawn[place] or 0 for place in asks], counts)
+        return {numbers[place]: entry for place, entry in zip(asks, entries, strict=True)}
 
     def _prompt_logprobs(self, chunks: ListLike[Chunk], hidden: torch.Tensor, result: StepResult) -> None:
         """For each prompt position in the step but the last: how likely the prompt's next token was."""
@@ -146,14 +165,12 @@ def _rows(chunk: Chunk) -> list[Row]:
     ]
 
 
-def _verify(
-    sampling: ListLike[Chunk], tokens: ListLike[int | None], result: StepResult
-) -> list[tuple[Sequence, int, int]]:
+def _verify(sampling: ListLike[Chunk], tokens: ListLike[int | None], result: StepResult) -> list[tuple[Sequence, int]]:
     """Accept drafts while they equal what the model draws itself; the first difference is the model's own token.
 
     For a proposer that names one token this is rejection sampling (Leviathan et al. 2022, arXiv 2211.17192): the
     draft is kept with its probability p, and a refused draft is replaced by a draw from p without it, renormalized.
-    Using the row's own draw for both also makes speculation invisible in seeded output. Returns (sequence, row, token).
+    Using the row's own draw for both also makes speculation invisible in seeded output. Returns (sequence, row).
     """
     accepted = []
     first = 0
@@ -165,7 +182,7 @@ def _verify(
                 result.failed.add(chunk.sequence)
                 break
             kept.append(token)
-            accepted.append((chunk.sequence, first + at, token))
+            accepted.append((chunk.sequence, first + at))
             if at < len(chunk.drafts) and token != chunk.drafts[at]:
                 break
         result.token_ids[chunk.sequence] = kept

@@ -2,6 +2,9 @@
 
 Each draw uses one uniform number that depends on nothing but the sequence's seed, its index and the position: the same
 request gives the same tokens whatever shares its batch, after preemption, and with or without speculation.
+
+A row with a small top_k is drawn from its top_k + 1 largest logits alone, whether the model handed out only those or
+all of them: what else the request asks for, such as log-probabilities, does not change its tokens either.
 """
 
 from __future__ import annotations
@@ -9,14 +12,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from powertrain.model.decoder import top_of
 from powertrain.types import SamplingParams, TokenLogprob
 
 _MASK64 = (1 << 64) - 1
 
+_MAX_SHORT_TOP_K = 64
+"""Above this many candidates a reduction costs as much as the logits themselves."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Row:
     """One row of logits: the distribution after `context` (prompt and output ids known or drafted so far)."""
 
@@ -39,6 +48,39 @@ def uniform(seed: int, index: int, position: int) -> float:
     return (mixed >> 11) * 2.0**-53
 
 
+def num_candidates(row: Row) -> int | None:
+    """How many of its largest logits are enough to draw a row's token; None where it needs all of them."""
+    sampling = row.sampling
+    if sampling.logprobs is not None or _has_penalties(row) or _has_edits(row):
+        return None
+    return 1 if sampling.is_greedy else _num_short(sampling)
+
+
+def _num_short(sampling: SamplingParams) -> int | None:
+    """One more than top_k, where that is few: the one more tells whether the cut falls between equal logits."""
+    return sampling.top_k + 1 if 0 < sampling.top_k <= _MAX_SHORT_TOP_K else None
+
+
+def sample_top(
+    values: torch.Tensor, ids: torch.Tensor, finite: torch.Tensor, rows: Sequence[Row]
+) -> tuple[list[int | None], list[int]]:
+    """One token per row of `Decoder.top_logits`, each [rows, k or more] for the k that `num_candidates` wants.
+
+    Returns the tokens, None for rows that are not finite, and the numbers of the rows that must see all their logits:
+    those whose cut at top_k falls between equal ones, which all stay in.
+    """
+    tokens: list[int | None] = ids[:, 0].tolist()
+    if not finite.all():
+        tokens = [token if ok else None for token, ok in zip(tokens, finite.tolist(), strict=True)]
+    random = [at for at, row in enumerate(rows) if not row.sampling.is_greedy and tokens[at] is not None]
+    if not random:
+        return tokens, []
+    drawn = _draw_short(values[random].cpu().numpy(), ids[random].cpu().numpy(), [rows[at] for at in random])
+    for at, token in zip(random, drawn, strict=True):
+        tokens[at] = token
+    return tokens, [at for at in random if tokens[at] is None]
+
+
 @torch.inference_mode()
 def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[int | None]:
     """One token per row of float32 logits [rows, vocab]; None where a row holds a NaN or infinity.
@@ -50,9 +92,18 @@ def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[int | None]:
     _select(rows, _has_edits, lambda at: _edit(logits[at], rows[at]))
     tokens: list[int | None] = list(logits.argmax(-1).tolist())
     random = [at for at, row in enumerate(rows) if not row.sampling.is_greedy and finite[at]]
-    if random:
-        drawn = _draw(logits[random], [rows[at] for at in random])
-        for at, token in zip(random, drawn, strict=True):
+    short = [at for at in random if _num_short(rows[at].sampling) is not None]
+    undecided = set(random).difference(short)
+    if short:
+        k = min(max(rows[at].sampling.top_k for at in short) + 1, logits.shape[1])
+        values, ids, ok = top_of(logits[short], k)
+        drawn, again = sample_top(values, ids, torch.ones_like(ok), [rows[at] for at in short])
+        for at, token in zip(short, drawn, strict=True):
+            tokens[at] = token
+        undecided.update(short[at] for at in again)
+    full = sorted(undecided)
+    if full:
+        for at, token in zip(full, _draw(logits[full], [rows[at] for at in full]), strict=True):
             tokens[at] = token
     return [token if ok else None for token, ok in zip(tokens, finite, strict=True)]
 
@@ -96,6 +147,34 @@ def _edit(logits: torch.Tensor, row: Row) -> None:
         ending = (() if sampling.ignore_eos else row.eos_token_ids) + sampling.stop_token_ids
         if ending:
             logits[torch.tensor(ending, device=logits.device)] = -torch.inf
+
+
+def _draw_short(values: npt.NDArray[np.float32], ids: npt.NDArray[np.int64], rows: Sequence[Row]) -> list[int | None]:
+    """`_draw` from the largest logits alone [rows, k], largest first; None where the cut at top_k is between equals.
+
+    Every sum runs over a row one by one, so that a wider table for other rows' sake changes nothing.
+    """
+    params = [row.sampling for row in rows]
+    scaled = values / np.array([[max(p.temperature, 1e-5)] for p in params], dtype=np.float32)
+    at = np.arange(values.shape[1])
+    sizes = np.array([[p.top_k] for p in params])
+    edge = np.minimum(sizes, len(at) - 1)
+    is_cut = (np.take_along_axis(scaled, edge, 1) == np.take_along_axis(scaled, edge - 1, 1)) & (edge == sizes)
+    with np.errstate(divide="ignore"):
+        floor = np.log(np.array([[p.min_p] for p in params], dtype=np.float32))
+    weights = np.exp((scaled - scaled[:, :1]).astype(np.float64))
+    weights[(at >= sizes) | (scaled < scaled[:, :1] + floor)] = 0.0
+    before = weights.cumsum(1) - weights
+    reached = np.array([[p.top_p] for p in params]) * (before[:, -1:] + weights[:, -1:])
+    num_kept = np.maximum(((before < reached) & (weights > 0)).sum(1, keepdims=True), 1)
+    weights[scaled < np.take_along_axis(scaled, num_kept - 1, 1)] = 0.0
+    order = ids.argsort(1)
+    cumulative = np.take_along_axis(weights, order, 1).cumsum(1)
+    total = cumulative[:, -1:]
+    targets = np.array([[uniform(row.seed, row.index, len(row.context))] for row in rows]) * total
+    chosen = np.minimum((cumulative <= targets).sum(1), (cumulative < total).sum(1))
+    tokens = np.take_along_axis(ids, np.take_along_axis(order, chosen[:, None], 1), 1)[:, 0].tolist()
+    return [None if cut else token for token, cut in zip(tokens, is_cut[:, 0].tolist(), strict=True)]
 
 
 def _draw(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -12,40 +15,66 @@ from torch.nn.functional import scaled_dot_product_attention
 from powertrain.kernels.op import Op
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AttentionStep:
     """Where the tokens of one step stand. Sequences come in plan order, those with a single token first.
 
-    positions: int64 [tokens], position of each token in its own sequence.
-    slots: int64 [tokens], where its key and value go: block * block_size + offset.
     query_lens, context_lens: per sequence, tokens in this step and tokens known after it.
-    block_tables: int64 [sequences, blocks], padded with any valid block.
-    context_lens_tensor: int64 [num_decodes]; num_decodes: how many leading sequences have one token.
-    masks: additive masks of the decodes by window, made by the first layer that needs one.
+    tables: int64 [sequences, blocks], padded with any valid block; `block_tables` is the same on the device.
+    The rest follows from them and is made by the first op that asks.
     """
 
-    positions: torch.Tensor
-    slots: torch.Tensor
     query_lens: list[int]
     context_lens: list[int]
-    block_tables: torch.Tensor
-    context_lens_tensor: torch.Tensor
-    num_decodes: int
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    tables: npt.NDArray[np.int64]
+    block_size: int
+    device: torch.device
 
     @classmethod
-    def of_one(cls, start: int, stop: int, num_blocks: int, device: torch.device) -> AttentionStep:
-        """Positions `start` to `stop` of a single sequence that owns the cache's first `num_blocks` blocks in order."""
-        positions = torch.arange(start, stop, device=device)
-        return cls(
-            positions=positions,
-            slots=positions,
-            query_lens=[stop - start],
-            context_lens=[stop],
-            block_tables=torch.arange(num_blocks, device=device).unsqueeze(0),
-            context_lens_tensor=torch.tensor([stop], device=device),
-            num_decodes=1 if stop - start == 1 else 0,
-        )
+    def of_one(cls, start: int, stop: int, block_size: int, device: torch.device) -> AttentionStep:
+        """Positions `start` to `stop` of a single sequence that owns the cache's blocks in order, from the first."""
+        table = np.arange(-(-stop // block_size)).reshape(1, -1)
+        return cls([stop - start], [stop], table, block_size, device)
+
+    @cached_property
+    def block_tables(self) -> torch.Tensor:
+        return self._tensor(self.tables)
+
+    @cached_property
+    def num_decodes(self) -> int:
+        """How many leading sequences have one token."""
+        return self.query_lens.count(1)
+
+    @cached_property
+    def context_lens_tensor(self) -> torch.Tensor:
+        """int64 [num_decodes]."""
+        return self._tensor(np.array(self.context_lens[: self.num_decodes], dtype=np.int64))
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """int64 [tokens], position of each token in its own sequence."""
+        return self._tensor(self._positions)
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """int64 [tokens], where each token's key and value go: block * block_size + offset."""
+        rows = np.repeat(np.arange(len(self.query_lens)), self.query_lens)
+        blocks, offsets = np.divmod(self._positions, self.block_size)
+        return self._tensor(self.tables[rows, blocks] * self.block_size + offsets)
+
+    @cached_property
+    def masks(self) -> dict[int | None, torch.Tensor]:
+        """Additive masks of the decodes by window, made by the first layer that needs one."""
+        return {}
+
+    @cached_property
+    def _positions(self) -> npt.NDArray[np.int64]:
+        counts = np.array(self.query_lens)
+        shifts: npt.NDArray[np.int64] = np.repeat(np.array(self.context_lens) - counts.cumsum(), counts)
+        return shifts + np.arange(len(shifts))
+
+    def _tensor(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.device, non_blocking=True)
 
 
 def _write_kv(key_value: torch.Tensor, cache: torch.Tensor, step: AttentionStep) -> None:

@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Literal
 
 import numpy as np
 import torch
 
+from powertrain.config import INT8_CACHE_IS_NATIVE, KVCacheDType
 from powertrain.kernels.attention import AttentionStep, attention_backends
 from powertrain.model.families import ModelConfig
 from powertrain.model.layers import Block, Linear, RMSNorm, Rope
 from powertrain.model.weights import Dense
+from powertrain.types import PowertrainError
 
 
 class KVCache:
     """Keys and values of every layer, in blocks: each a tensor [blocks, block_size, 2 * kv_heads, d], keys first."""
 
-    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, like: torch.Tensor) -> None:
-        """Takes device and dtype from `like`. Zeros, since a masked position still meets 0 * value."""
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Zeros, since a masked position still meets 0 * value."""
         shape = (num_blocks, block_size, 2 * config.num_kv_heads, config.head_dim)
         self.block_size = block_size
-        self.layers = [_zeros(shape, like) for _ in range(config.num_layers)]
+        self.layers = [_zeros(shape, device, dtype) for _ in range(config.num_layers)]
 
 
-def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    if like.device.type != "cpu":
-        return like.new_zeros(shape)
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
     # numpy asks the system for zero pages, which take memory only once written; torch would fill them now
-    num_bytes = math.prod(shape) * like.element_size()
-    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(like.dtype).view(shape)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
 
 
 class Decoder:
     """A pre-norm decoder with rotary grouped-query attention, as all supported families are.
 
-    `embedding`: [vocab, hidden]; a head that is tied to it may share its memory.
+    `embedding`: [vocab, hidden]; a head that is tied to it may share its memory. `kv_cache_dtype` names the type of
+    the caches it makes: that of its activations unless `with_kv_cache_dtype` says otherwise.
     """
+
+    kernels: Literal["native", "reference"] = "reference"
 
     def __init__(
         self,
@@ -52,6 +61,7 @@ class Decoder:
         self.norm = norm
         self.head = head
         self.rope = rope
+        self.kv_cache_dtype = str(norm.weight.dtype).removeprefix("torch.")
 
     @property
     def device(self) -> torch.device:
@@ -77,6 +87,33 @@ class Decoder:
         return self.head(self.norm(hidden)).float()
 
     @torch.inference_mode()
+    def top_logits(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The k largest logits of hidden [rows, hidden], largest first and the lower id first among equal ones.
+
+        Returns values float32 [rows, k], ids int64 [rows, k] and finite bool [rows]: False where any of the row's
+        logits is a NaN or infinite, and then the rest of the row means nothing.
+        """
+        return top_of(self.logits(hidden), k)
+
+    def with_kv_cache_dtype(self, dtype: KVCacheDType) -> Decoder:
+        """The same decoder with caches of another type; `auto` leaves it as it is. Raises `PowertrainError`."""
+        if dtype in ("auto", self.kv_cache_dtype):
+            return self
+        if dtype == "int8":
+            raise PowertrainError(INT8_CACHE_IS_NATIVE)
+        other = copy.copy(self)
+        other.kv_cache_dtype = dtype
+        return other
+
+    def new_cache(self, num_blocks: int, block_size: int) -> KVCache:
+        """An empty paged cache that `forward` takes."""
+        return KVCache(self.config, num_blocks, block_size, self.device, self._cache_dtype())
+
+    def _cache_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.kv_cache_dtype)
+        return dtype
+
+    @torch.inference_mode()
     def score(self, token_ids: torch.Tensor, chunk: int = 512) -> torch.Tensor:
         """Teacher-forced float32 logits [tokens, vocab] of one sequence, int64 [tokens].
 
@@ -84,13 +121,12 @@ class Decoder:
         """
         num_tokens = token_ids.shape[0]
         block_size = 16
-        num_blocks = -(-num_tokens // block_size)
-        cache = KVCache(self.config, num_blocks, block_size, self.norm.weight)
+        cache = self.new_cache(-(-num_tokens // block_size), block_size)
         token_ids = token_ids.to(self.device)
         parts = []
         for start in range(0, num_tokens, chunk):
             stop = min(start + chunk, num_tokens)
-            step = AttentionStep.of_one(start, stop, num_blocks, self.device)
+            step = AttentionStep.of_one(start, stop, block_size, self.device)
             parts.append(self.logits(self.forward(token_ids[start:stop], step, cache)))
         return torch.cat(parts)
 
@@ -108,7 +144,7 @@ class Decoder:
         return sum(linear.nbytes() for linear in self.linears()) + table
 
     def kv_bytes_per_token(self) -> int:
-        return self.config.kv_bytes_per_token(self.norm.weight.element_size())
+        return self.config.kv_bytes_per_token(self._cache_dtype().itemsize)
 
     def flops_per_token(self, context: int) -> int:
         return self.config.flops_per_token(context)
@@ -117,3 +153,19 @@ class Decoder:
         """The distinct weight formats of the body and the head, for start lines and records."""
         names = {weight.name for linear in self.linears() for weight in linear.formats}
         return sorted(names)
+
+
+def top_of(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The k largest of logits [rows, vocab] as `Decoder.top_logits` gives them."""
+    finite = torch.isfinite(logits).all(-1)
+    if k == 1:
+        values, ids = logits.max(-1, keepdim=True)
+        return values, ids, finite
+    values, ids = logits.topk(k, dim=-1)
+    if bool(((logits >= values[:, -1:]).sum(-1) > k).any()):
+        # several logits equal the k-th: only an order over the whole row says which of them belong
+        values, ids = logits.sort(dim=-1, descending=True, stable=True)
+        return values[:, :k], ids[:, :k], finite
+    ids = ids.sort(-1).values
+    values, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(-1, order), finite

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import torch
 
 from powertrain.checkpoint.compressed_tensors import load_int_weight, scheme_of
+from powertrain.checkpoint.gguf import GGUFCheckpoint
+from powertrain.checkpoint.packed_cache import Stream, packed_streams
 from powertrain.checkpoint.source import Checkpoint
+from powertrain.config import NATIVE_BLOCK_SIZE, EngineConfig
+from powertrain.kernels import native
 from powertrain.model.decoder import Decoder
 from powertrain.model.families import ModelConfig, model_config
 from powertrain.model.layers import Attention, Block, GatedMLP, Linear, RMSNorm, Rope
+from powertrain.model.packed import FLOATS, GGUF_FLOATS, GGUF_GRIDS, PackedMatrix, Part, can_stack, gguf_part, int_part
+from powertrain.model.packed import pack as pack_stream
 from powertrain.model.weights import (
     Dense,
     IntWeight,
@@ -21,11 +30,41 @@ from powertrain.model.weights import (
     concat_int_weights,
     pack_int_weight,
 )
-from powertrain.types import ModelFileError, QuantScheme
+from powertrain.types import ModelFileError, PowertrainError, QuantScheme
+
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+OUTPUT = ("self_attn.o_proj",)
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+DOWN = ("mlp.down_proj",)
+PRODUCTS = (QKV, OUTPUT, GATE_UP, DOWN)
+"""The layers of a block, as they are multiplied together."""
 
 RandomFormat = Literal["none", "int8", "int4"]
-Matrices = Callable[[list[str]], list[WeightFormat]]
+Progress = Callable[[int, int], None]
+"""Called with (layers done, layers in all)."""
+
+Matrices = Callable[[list[str]], Sequence[WeightFormat]]
 Vectors = Callable[[str, int], torch.Tensor]
+
+
+def load_decoder(checkpoint: Checkpoint, config: EngineConfig, on_progress: Progress | None = None) -> Decoder:
+    """The decoder a resolved `config` asks for: on the native kernels where they shall and can run, else `load_model`.
+
+    Native weights are packed once and mapped from a cache file afterwards. Raises `ModelFileError` for an unreadable
+    model and `PowertrainError` where `kernels` is "native" but they are not there.
+    """
+    model = model_config(checkpoint.config)
+    module = _native_module(config, model)
+    if module is None:
+        return load_model(checkpoint, config.device, getattr(torch, config.dtype), config.max_model_len, on_progress)
+    _check_head(checkpoint, model)
+    products = _product_streams(checkpoint, model, on_progress)
+    vector = _dense_reader(checkpoint, torch.device("cpu"), torch.float32)
+    decoder = _native_decoder(model, config, module, products, lambda name, size: vector(name, (size,)))
+    if on_progress is not None:
+        on_progress(model.num_layers, model.num_layers)
+    return decoder
 
 
 def load_model(
@@ -33,7 +72,7 @@ def load_model(
     device: torch.device | str,
     dtype: torch.dtype,
     max_position: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Decoder:
     """Load every tensor onto `device`; dense ones become `dtype`, quantized ones keep their integers.
 
@@ -42,16 +81,9 @@ def load_model(
     """
     device = torch.device(device)
     config = model_config(checkpoint.config)
-    present = set(checkpoint.names())
+    _check_head(checkpoint, config)
     shapes = _linear_shapes(config)
-
-    def dense(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        if name not in present:
-            raise ModelFileError(f"{checkpoint.path}: tensor {name} is missing")
-        tensor = checkpoint.load(name)
-        if tuple(tensor.shape) != shape:
-            raise ModelFileError(f"{checkpoint.path}: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
-        return tensor.to(device=device, dtype=dtype)
+    dense = _dense_reader(checkpoint, device, dtype)
 
     def matrices(layers: list[str]) -> list[WeightFormat]:
         schemes = [scheme_of(checkpoint.config, layer) for layer in layers]
@@ -67,21 +99,44 @@ def load_model(
     def vector(name: str, size: int) -> torch.Tensor:
         return dense(name, (size,))
 
-    embedding = dense("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
-    has_own_head = bool({"lm_head.weight", "lm_head.weight_packed"} & present)
+    embedding = dense(f"{EMBEDDING}.weight", shapes[EMBEDDING])
+    head: list[WeightFormat] = [Dense(embedding)] if config.ties_embeddings else matrices([HEAD])
+    make = partial(Decoder, config, embedding)
+    return _assemble(config, matrices, vector, head, make, max_position, on_progress)
+
+
+def _dense_reader(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
+    """A function that loads a float tensor by name after checking that it is there and has the shape given."""
+    present = set(checkpoint.names())
+
+    def dense(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name not in present:
+            raise ModelFileError(f"{checkpoint.path}: tensor {name} is missing")
+        found = tuple(checkpoint.shape(name))
+        if found != shape:
+            raise ModelFileError(f"{checkpoint.path}: {name} has shape {list(found)}, expected {list(shape)}")
+        return checkpoint.load(name).to(device=device, dtype=dtype)
+
+    return dense
+
+
+def _check_head(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    has_own_head = bool({f"{HEAD}.weight", f"{HEAD}.weight_packed"} & set(checkpoint.names()))
     if not has_own_head and not config.ties_embeddings:
-        raise ModelFileError(f"{checkpoint.path}: tensor lm_head.weight is missing and the embeddings are not tied")
-    head: list[WeightFormat] = [Dense(embedding)] if config.ties_embeddings else matrices(["lm_head"])
-    return _assemble(config, matrices, vector, embedding, head, max_position, on_progress)
+        raise ModelFileError(f"{checkpoint.path}: tensor {HEAD}.weight is missing and the embeddings are not tied")
 
 
 def _linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Shape [out, in] of every matrix by its layer's name, embedding and head included."""
     shapes = {
         f"model.layers.{index}.{name}": shape
         for index in range(config.num_layers)
         for name, shape in config.linear_shapes().items()
     }
-    return shapes | {"lm_head": (config.vocab_size, config.hidden_size)}
+    table = (config.vocab_size, config.hidden_size)
+    return shapes | {EMBEDDING: table, HEAD: table}
 
 
 def _int_weight(checkpoint: Checkpoint, layer: str, scheme: QuantScheme, shape: tuple[int, int]) -> IntWeight:
@@ -97,31 +152,33 @@ def _assemble(
     config: ModelConfig,
     matrices: Matrices,
     vector: Vectors,
-    embedding: torch.Tensor,
-    head: list[WeightFormat],
+    head: Sequence[WeightFormat],
+    make: Callable[[list[Block], RMSNorm, Linear, Rope], Decoder],
     max_position: int | None,
-    on_progress: Callable[[int, int], None] | None,
+    on_progress: Progress | None,
 ) -> Decoder:
-    """The decoder from its tensors' sources; both a checkpoint and random numbers come through here."""
+    """The decoder from its tensors' sources: a checkpoint or random numbers, as torch or the native kernels hold them.
 
+    `matrices` is called with the layers that make one product, `make` with the parts of the finished decoder.
+    """
     shapes = _linear_shapes(config)
 
     def norm(name: str, size: int) -> RMSNorm:
         return RMSNorm(vector(f"{name}.weight", size), config.rms_norm_eps)
 
-    def linear(prefix: str, names: list[str], has_bias: bool) -> Linear:
+    def linear(prefix: str, names: Sequence[str], has_bias: bool) -> Linear:
         layers = [f"{prefix}.{name}" for name in names]
         bias = torch.cat([vector(f"{layer}.bias", shapes[layer][0]) for layer in layers]) if has_bias else None
-        return Linear(matrices(layers), bias)
+        return Linear(list(matrices(layers)), bias)
 
     def block(index: int) -> Block:
         layer = f"model.layers.{index}"
-        attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+        attention = f"{layer}.self_attn"
         return Block(
             attention_norm=norm(f"{layer}.input_layernorm", config.hidden_size),
             attention=Attention(
-                qkv=linear(attention, ["q_proj", "k_proj", "v_proj"], config.has_qkv_bias),
-                output=linear(attention, ["o_proj"], config.has_output_bias),
+                qkv=linear(layer, QKV, config.has_qkv_bias),
+                output=linear(layer, OUTPUT, config.has_output_bias),
                 query_norm=norm(f"{attention}.q_norm", config.head_dim) if config.has_qk_norm else None,
                 key_norm=norm(f"{attention}.k_norm", config.head_dim) if config.has_qk_norm else None,
                 num_heads=config.num_heads,
@@ -131,8 +188,8 @@ def _assemble(
             ),
             mlp_norm=norm(f"{layer}.post_attention_layernorm", config.hidden_size),
             mlp=GatedMLP(
-                gate_up=linear(mlp, ["gate_proj", "up_proj"], config.has_mlp_bias),
-                down=linear(mlp, ["down_proj"], config.has_mlp_bias),
+                gate_up=linear(layer, GATE_UP, config.has_mlp_bias),
+                down=linear(layer, DOWN, config.has_mlp_bias),
             ),
         )
 
@@ -143,7 +200,7 @@ def _assemble(
             on_progress(index + 1, config.num_layers)
     final = norm("model.norm", config.hidden_size)
     rope = Rope(config, min(max_position or config.max_position, config.max_position), *_place(final))
-    return Decoder(config, embedding, blocks, final, Linear(head), rope)
+    return make(blocks, final, Linear(list(head)), rope)
 
 
 def _place(norm: RMSNorm) -> tuple[torch.device, torch.dtype]:
@@ -162,11 +219,7 @@ def random_model(
 
     `folder` holds a Hugging Face `config.json`. `weight_format` is that of the linear layers; the head stays dense.
     """
-    path = Path(folder) / "config.json" if Path(folder).is_dir() else Path(folder)
-    try:
-        config = model_config(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise ModelFileError(f"{path}: {error}") from None
+    config = _config_of(folder)
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(seed)
     shapes = _linear_shapes(config)
@@ -187,7 +240,15 @@ def random_model(
 
     embedding = normal(config.vocab_size, config.hidden_size)
     head = embedding if config.ties_embeddings else normal(config.vocab_size, config.hidden_size)
-    return _assemble(config, matrices, vector, embedding, [Dense(head)], max_position, None)
+    return _assemble(config, matrices, vector, [Dense(head)], partial(Decoder, config, embedding), max_position, None)
+
+
+def _config_of(folder: str | Path) -> ModelConfig:
+    path = Path(folder) / "config.json" if Path(folder).is_dir() else Path(folder)
+    try:
+        return model_config(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise ModelFileError(f"{path}: {error}") from None
 
 
 def _random_ints(rows: int, cols: int, weight_format: RandomFormat, generator: torch.Generator) -> IntWeight:
@@ -197,3 +258,147 @@ def _random_ints(rows: int, cols: int, weight_format: RandomFormat, generator: t
     values = torch.randint(low, high, (rows, cols), dtype=torch.int8, device=generator.device, generator=generator)
     scale = torch.full((rows, cols // group_size), cols**-0.5 / (high / 2), device=generator.device)
     return IntWeight(values, scale, None, num_bits)
+
+
+def random_decoder(
+    folder: str | Path, config: EngineConfig, weight_format: RandomFormat = "none", seed: int = 0
+) -> Decoder:
+    """`random_model` for a resolved `config`: on the native kernels where they shall and can run.
+
+    There, matrices that are not quantized have the dtype of the model's config, as its checkpoint would.
+    """
+    model = _config_of(folder)
+    module = _native_module(config, model)
+    if module is None:
+        dtype = getattr(torch, config.dtype)
+        return random_model(folder, config.device, dtype, weight_format, seed, config.max_model_len)
+    shapes = _linear_shapes(model)
+    generator = torch.Generator().manual_seed(seed)
+    stored = getattr(torch, model.dtype, torch.float32)
+    dtype = stored if stored in FLOATS.values() else torch.float32
+
+    def part(layer: str) -> Part:
+        rows, cols = shapes[layer]
+        if weight_format == "none" or layer in (EMBEDDING, HEAD):
+            return torch.empty(rows, cols, dtype=dtype).normal_(0.0, cols**-0.5, generator=generator)
+        return int_part(_random_ints(rows, cols, weight_format, generator))
+
+    def vector(name: str, size: int) -> torch.Tensor:
+        return torch.full((size,), 1.0 if name.endswith("norm.weight") else 0.01)
+
+    return _native_decoder(
+        model, config, native, lambda layers: _pack([part(layer) for layer in layers], layers), vector
+    )
+
+
+# ---- the native kernels' decoder ----
+
+Streams = Callable[[list[str]], list[Stream]]
+"""The packed matrices of the layers of one product."""
+
+
+def _native_module(config: EngineConfig, model: ModelConfig) -> ModuleType | None:
+    """The native module if `config` wants it and it can run the model; else None, or `PowertrainError` if it must."""
+    if config.device != "cpu" or config.kernels == "reference":
+        return None
+    module, obstacle = native.load(), native.unavailable()
+    if module is not None:
+        from powertrain.model.native_decoder import why_not
+
+        obstacle = why_not(model)
+    if obstacle is not None and config.kernels == "native":
+        raise PowertrainError(f"--kernels native cannot run: {obstacle}")
+    # resolve() refuses other block sizes only to those who ask for these kernels by name
+    is_runnable = obstacle is None and config.cache.block_size % NATIVE_BLOCK_SIZE == 0
+    return module if is_runnable else None
+
+
+def _native_decoder(
+    model: ModelConfig, config: EngineConfig, module: ModuleType, streams: Streams, vector: Vectors
+) -> Decoder:
+    from powertrain.model.native_decoder import Backend, NativeDecoder
+
+    team = module.Team(config.threads)
+
+    def matrices(layers: list[str]) -> list[PackedMatrix]:
+        return [PackedMatrix(stream, layout, module, team) for stream, layout in streams(layers)]
+
+    (embedding,) = matrices([EMBEDDING])
+    head = [embedding] if model.ties_embeddings else matrices([HEAD])
+
+    def make(blocks: list[Block], norm: RMSNorm, head: Linear, rope: Rope) -> Decoder:
+        return NativeDecoder(model, embedding, blocks, norm, head, rope, Backend(module, team))
+
+    return _assemble(model, matrices, vector, head, make, config.max_model_len, None)
+
+
+def _product_streams(checkpoint: Checkpoint, model: ModelConfig, on_progress: Progress | None) -> Streams:
+    """The checkpoint's packed matrices, from its cache file where there is one."""
+    shapes = _linear_shapes(model)
+    products = [[EMBEDDING]] if model.ties_embeddings else [[EMBEDDING], [HEAD]]
+    for index in range(model.num_layers):
+        products += [[f"model.layers.{index}.{name}" for name in names] for names in PRODUCTS]
+
+    def build() -> Iterator[tuple[str, Stream]]:
+        with _one_torch_thread():
+            for left, layers in enumerate(products, start=-len(products)):
+                parts = [_part(checkpoint, layer, shapes[layer]) for layer in layers]
+                for number, stream in enumerate(_pack(parts, layers)):
+                    yield _stream_name(layers, number), stream
+                if on_progress is not None and left % len(PRODUCTS) == 0:
+                    on_progress(max(0, model.num_layers + left // len(PRODUCTS)), model.num_layers)
+
+    packed = packed_streams(checkpoint, build)
+
+    def streams(layers: list[str]) -> list[Stream]:
+        names = [_stream_name(layers, number) for number in range(len(layers))]
+        return [packed[name] for name in names if name in packed]
+
+    return streams
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Packing is many small copies: beside other work, torch's threads wait on each other longer than they copy."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _stream_name(layers: list[str], number: int) -> str:
+    return "+".join([layers[0], *(layer.rsplit(".", 1)[-1] for layer in layers[1:])]) + f".{number}"
+
+
+def _part(checkpoint: Checkpoint, layer: str, shape: tuple[int, int]) -> Part:
+    """One matrix as it is stored; what the kernels do not run as stored becomes float32."""
+    scheme = None if layer == EMBEDDING else scheme_of(checkpoint.config, layer)
+    if scheme is not None:
+        return int_part(_int_weight(checkpoint, layer, scheme, shape))
+    name = f"{layer}.weight"
+    if name not in checkpoint.names():
+        raise ModelFileError(f"{checkpoint.path}: tensor {name} is missing")
+    found = tuple(checkpoint.shape(name))
+    if found != shape:
+        raise ModelFileError(f"{checkpoint.path}: {name} has shape {list(found)}, expected {list(shape)}")
+    if isinstance(checkpoint, GGUFCheckpoint):
+        type_name, rows, _ = checkpoint.raw(name)
+        if type_name in GGUF_GRIDS or type_name in GGUF_FLOATS:
+            return gguf_part(type_name, rows)
+    tensor = checkpoint.load(name)
+    return tensor if tensor.dtype in FLOATS.values() else tensor.float()
+
+
+def _pack(parts: list[Part], layers: list[str]) -> list[Stream]:
+    """As few streams as the parts' grids allow, in order. Gate and up become one with interleaved panels, or two."""
+    if layers[-1].endswith(GATE_UP[-1]):
+        return [pack_stream(parts, is_gate_up=True)] if can_stack(parts) else [pack_stream([part]) for part in parts]
+    runs: list[list[Part]] = []
+    for part in parts:
+        if runs and can_stack([runs[-1][0], part]):
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    return [pack_stream(run) for run in runs]

@@ -8,7 +8,17 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from powertrain.engine.sampler import Row, _probabilities, logprobs_of, sample, uniform
+from powertrain.engine.sampler import (
+    Row,
+    _draw,
+    _probabilities,
+    logprobs_of,
+    num_candidates,
+    sample,
+    sample_top,
+    uniform,
+)
+from powertrain.model.decoder import top_of
 from powertrain.types import SamplingParams
 
 
@@ -117,3 +127,111 @@ def test_logprobs_hold_the_same_float_twice():
 def test_a_top_p_below_float32_keeps_the_best_token():
     logits = torch.randn(2, 20)
     assert sample(logits.clone(), [row(top_p=1e-300), row(top_p=1e-300, seed=9)]) == logits.argmax(-1).tolist()
+
+
+SETTINGS = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 1e-6, 0.3, 1.0, 3.0]),
+        "top_k": st.sampled_from([1, 2, 5, 20, 64]),
+        "top_p": st.sampled_from([1e-300, 0.3, 0.9, 1.0]),
+        "min_p": st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+        "seed": st.integers(0, 2**40),
+    }
+)
+
+
+def rows_of(settings):
+    return [row(seed=given.pop("seed"), **given) for given in map(dict, settings)]
+
+
+def short_tokens(logits, rows, k=None):
+    """What the rows get from their largest logits alone, and which of them that does not decide."""
+    return sample_top(*top_of(logits, k or min(max(map(num_candidates, rows)), logits.shape[1])), rows)
+
+
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 2**31), wanted=st.lists(SETTINGS, min_size=1, max_size=6), spread=st.sampled_from([0.5, 8]))
+def test_the_largest_logits_give_the_tokens_that_all_of_them_give(seed, wanted, spread):
+    rows = rows_of(wanted)
+    logits = torch.randn(len(rows), 200, generator=torch.Generator().manual_seed(seed)) * spread
+    found, undecided = short_tokens(logits, rows)
+    assert undecided == []
+    assert found == sample(logits.clone(), rows)
+    random = [at for at, one in enumerate(rows) if not one.sampling.is_greedy]
+    assert [found[at] for at in random] == _draw(logits[random], [rows[at] for at in random])
+
+
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 2**31), wanted=st.lists(SETTINGS, min_size=1, max_size=6), levels=st.integers(1, 40))
+def test_equal_logits_at_the_cut_are_left_to_the_whole_row(seed, wanted, levels):
+    """Few distinct values: the cut often falls between equals, and what is decided anyway must still be right."""
+    rows = rows_of(wanted)
+    logits = torch.randint(levels, (len(rows), 100), generator=torch.Generator().manual_seed(seed)) / 4.0
+    found, undecided = short_tokens(logits, rows)
+    expected = sample(logits.clone(), rows)
+    ordered = logits.sort(-1, descending=True).values
+    for at, one in enumerate(rows):
+        top_k = one.sampling.top_k
+        is_tied = bool(ordered[at, top_k - 1] == ordered[at, top_k])
+        # a division by a tiny temperature never makes equals of these, so the cut is judged by the logits
+        assert (at in undecided) == (is_tied and not one.sampling.is_greedy)
+        assert at in undecided or found[at] == expected[at]
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**31), wanted=st.lists(SETTINGS, min_size=2, max_size=6))
+def test_a_short_row_does_not_depend_on_its_company(seed, wanted):
+    rows = rows_of(wanted)
+    logits = torch.randn(len(rows), 100, generator=torch.Generator().manual_seed(seed))
+    together, _ = short_tokens(logits, rows, k=70)
+    alone = [short_tokens(logits[at : at + 1], [one])[0][0] for at, one in enumerate(rows)]
+    assert together == alone
+
+
+@pytest.mark.parametrize(
+    ("sampling", "count"),
+    [
+        ({"temperature": 0.0}, 1),
+        ({"temperature": 0.0, "top_k": 9}, 1),
+        ({"top_k": 9}, 10),
+        ({"top_k": 9, "top_p": 0.5, "min_p": 0.1}, 10),
+        ({}, None),
+        ({"top_k": 65}, None),
+        ({"top_k": 9, "logprobs": 0}, None),
+        ({"temperature": 0.0, "repetition_penalty": 1.1}, None),
+        ({"temperature": 0.0, "presence_penalty": 0.1}, None),
+        ({"temperature": 0.0, "frequency_penalty": 0.1}, None),
+        ({"temperature": 0.0, "logit_bias": {3: 1.0}}, None),
+        ({"temperature": 0.0, "min_tokens": 2, "max_tokens": 5}, None),
+    ],
+)
+def test_which_rows_need_only_their_largest_logits(sampling, count):
+    assert num_candidates(row(**sampling)) == count
+
+
+def test_min_tokens_bind_only_until_they_are_out():
+    assert num_candidates(row(context=(1, 2, 3, 4), temperature=0.0, min_tokens=2, max_tokens=5)) == 1
+
+
+def test_a_short_row_with_a_bad_number_is_told():
+    logits = torch.randn(3, 50)
+    logits[1, 7] = torch.nan
+    rows = [row(temperature=0.0), row(temperature=0.0), row(top_k=5)]
+    found, undecided = short_tokens(logits, rows)
+    assert found[0] == int(logits[0].argmax())
+    assert (found[1], undecided) == (None, [])
+    assert found[2] in logits[2].topk(5).indices
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 30])
+def test_top_of_orders_by_value_then_id(k):
+    logits = torch.randint(12, (40, 30), generator=torch.Generator().manual_seed(k)).float()
+    logits[0] = torch.randn(30)
+    values, ids, finite = top_of(logits, k)
+    for at, line in enumerate(logits.tolist()):
+        expected = sorted(range(30), key=lambda token: (-line[token], token))[:k]
+        assert ids[at].tolist() == expected
+        assert values[at].tolist() == [line[token] for token in expected]
+    assert finite.all()
+    logits[3, 29], logits[5, 0] = torch.inf, torch.nan
+    assert top_of(logits, k)[2].tolist() == [at not in (3, 5) for at in range(40)]

@@ -155,14 +155,12 @@ class Runner:
 
 
 def _rows(chunk: Chunk) -> list[Row]:
-    sequence = chunk.sequence
-    contexts: list[ListLike[int]] = [sequence.token_ids]
-    contexts += [[*sequence.token_ids, *chunk.drafts[:at]] for at in range(1, len(chunk.drafts) + 1)]
-    request = sequence.request
-    return [
-        Row(request.sampling, context, sequence.num_prompt, request.eos_token_ids, sequence.seed, sequence.index)
-        for context in contexts
-    ]
+    sequence, request = chunk.sequence, chunk.sequence.request
+    rest = (sequence.num_prompt, request.eos_token_ids, sequence.seed, sequence.index)
+    rows = [Row(request.sampling, sequence.token_ids, *rest)]
+    for at in range(1, len(chunk.drafts) + 1):
+        rows.append(Row(request.sampling, [*sequence.token_ids, *chunk.drafts[:at]], *rest))
+    return rows
 
 
 def _verify(sampling: ListLike[Chunk], tokens: ListLike[int | None], result: StepResult) -> list[tuple[Sequence, int]]:

@@ -172,14 +172,15 @@ class Scheduler:
         if missing > self.pool.num_free:
             self._preempt(self.running[-1])
             return None
-        sequence.block_table.extend(self.pool.acquire() for _ in range(missing))
+        if missing:
+            sequence.block_table.extend(self.pool.acquire() for _ in range(missing))
         return self._chunk(sequence, count, is_new=False)
 
     def _draft(self, sequence: Sequence, room: int) -> list[int]:
-        room = min(room, self.num_drafts, sequence.max_length - len(sequence.token_ids) - 1)
-        if self.proposer is None or room <= 0:
+        if self.proposer is None:
             return []
-        return self.proposer.propose(sequence.token_ids, room)[:room]
+        room = min(room, self.num_drafts, sequence.max_length - len(sequence.token_ids) - 1)
+        return self.proposer.propose(sequence.token_ids, room)[:room] if room > 0 else []
 
     def _chunk(self, sequence: Sequence, count: int, *, is_new: bool) -> Chunk:
         reaches_end = sequence.num_computed + count >= len(sequence.token_ids)

@@ -287,7 +287,7 @@ def random_decoder(
         return torch.full((size,), 1.0 if name.endswith("norm.weight") else 0.01)
 
     return _native_decoder(
-        model, config, native, lambda layers: _pack([part(layer) for layer in layers], layers), vector
+        model, config, module, lambda layers: _pack([part(layer) for layer in layers], layers), vector
     )
 
 

@@ -21,6 +21,7 @@ from powertrain.cli_options import (
     engine_options,
     sampling_options,
 )
+from powertrain.config import Kernels, KVCacheDType
 from powertrain.types import PowertrainError
 
 app = typer.Typer(
@@ -283,6 +284,8 @@ def evaluate(
     ] = None,
     device: Annotated[Device, typer.Option(help="Where to run.")] = "auto",
     dtype: Annotated[DType, typer.Option(help="Activation type of the candidate.")] = "auto",
+    kernels: Annotated[Kernels, typer.Option(help="CPU kernels of the candidate.")] = "auto",
+    kv_cache_dtype: Annotated[KVCacheDType, typer.Option(help="KV cache type of the candidate.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the sampled text and of the bootstrap.")] = 0,
     json: JsonFile = None,
 ) -> None:
@@ -300,6 +303,8 @@ def evaluate(
             chunk=chunk,
             device=device,
             dtype=dtype,
+            kernels=kernels,
+            kv_cache_dtype=kv_cache_dtype,
             seed=seed,
             progress=progress,
         )

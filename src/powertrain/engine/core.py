@@ -17,6 +17,7 @@ from powertrain.engine.memory import num_cache_blocks
 from powertrain.engine.runner import Runner, StepResult
 from powertrain.engine.scheduler import Plan, Scheduler, Sequence
 from powertrain.engine.speculate import NgramProposer
+from powertrain.kernels import native
 from powertrain.model.decoder import Decoder
 from powertrain.types import (
     EngineInfo,
@@ -42,7 +43,7 @@ class Engine:
     """
 
     def __init__(self, model: Decoder, config: EngineConfig, name: str) -> None:
-        """`config` is resolved here; `model` must live on its device in its dtype."""
+        """`config` is as the user gave it and resolved here; `model` must live on its device in its dtype."""
         config = resolve(config, has_cuda=model.device.type == "cuda", model_dtype=model.config.dtype)
         model = model.with_kv_cache_dtype(config.cache.kv_cache_dtype)
         block_size = config.cache.block_size
@@ -76,6 +77,7 @@ class Engine:
             max_num_seqs=config.scheduler.max_num_seqs,
             device=str(model.device),
             dtype=str(model.dtype).removeprefix("torch."),
+            kernels=kernels_text(model, config),
         )
         self._seeds = random.Random(config.seed)
         self._stats = EngineStats(num_blocks=num_blocks)
@@ -86,16 +88,16 @@ class Engine:
         cls, path: Path, config: EngineConfig, on_progress: Callable[[int, int], None] | None = None
     ) -> Engine:
         """Load a model folder or GGUF file and make it ready. `on_progress(done, total)` counts layers."""
-        from powertrain.checkpoint.load import load_model
+        from powertrain.checkpoint.load import load_decoder
         from powertrain.checkpoint.source import open_checkpoint
 
         start = time.perf_counter()
         checkpoint = open_checkpoint(path)
         model_dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
-        config = resolve(config, has_cuda=torch.cuda.is_available(), model_dtype=model_dtype)
-        if config.device == "cpu" and config.threads:
-            torch.set_num_threads(config.threads)
-        model = load_model(checkpoint, config.device, getattr(torch, config.dtype), config.max_model_len, on_progress)
+        settled = resolve(config, has_cuda=torch.cuda.is_available(), model_dtype=model_dtype)
+        set_torch_threads(settled)
+        model = load_decoder(checkpoint, settled, on_progress)
+        set_torch_threads(settled, model)
         engine = cls(model, config, Path(path).stem if Path(path).is_file() else Path(path).name)
         engine.warm_up()
         engine.info = replace(engine.info, startup_s=time.perf_counter() - start)
@@ -245,3 +247,18 @@ class Engine:
         """End everything that is alive. The engine takes no request afterwards."""
         self.scheduler.end([*self.scheduler.running, *self.scheduler.waiting], FinishReason.ABORT)
         self._prompt_logprobs.clear()
+
+
+def set_torch_threads(config: EngineConfig, model: Decoder | None = None) -> None:
+    """Size torch's own pool of CPU threads for a resolved `config`: one beside the native kernels and their pool."""
+    if config.device == "cpu" and config.threads:
+        torch.set_num_threads(1 if model is not None and model.kernels == "native" else config.threads)
+
+
+def kernels_text(model: Decoder, config: EngineConfig) -> str:
+    """What runs the ops of `model`, for start lines; empty on a GPU."""
+    if model.device.type != "cpu":
+        return ""
+    if model.kernels == "native" or (config.kernels == "auto" and native.load() is None):
+        return native.describe()
+    return "reference kernels"

@@ -19,8 +19,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from powertrain.config import EngineConfig
-from powertrain.engine.core import Engine
+from powertrain.config import EngineConfig, Kernels, KVCacheDType, resolve
+from powertrain.engine.core import Engine, set_torch_threads
 from powertrain.measure import record, roofline
 from powertrain.types import FinishReason, PowertrainError, Request, SamplingParams
 
@@ -99,7 +99,8 @@ def bench_engine(
             git=git,
             model=engine.info.model,
             format=format if random_weights else _stored_format(engine),
-            kv_cache_dtype=config.cache.kv_cache_dtype,
+            kernels=engine.info.kernels,
+            kv_cache_dtype=engine.model.kv_cache_dtype,
             config={**asdict(config), "info": asdict(engine.info), "seed": seed, "random_weights": random_weights},
             ceilings=asdict(ceilings),
             results=results,
@@ -155,8 +156,9 @@ def peak_memory_bytes(device: str) -> int:
 def _engine_config(
     workload: Workload, device: str, dtype: str, threads: int | None, extra: dict[str, Any]
 ) -> EngineConfig:
+    extra = {name: value for name, value in extra.items() if value is not None}
     longest = workload.max_model_len
-    max_num_seqs = int(extra.get("max_num_seqs") or max(*workload.batches, min(workload.mixed, 256)))
+    max_num_seqs = int(extra.get("max_num_seqs", max(*workload.batches, min(workload.mixed, 256))))
     options: dict[str, Any] = {
         "device": device,
         "dtype": dtype,
@@ -168,7 +170,7 @@ def _engine_config(
     }
     if device == "cpu":
         # Room for every sequence at once: preemption would be measured as slow decoding.
-        block_size = int(extra.get("block_size") or EngineConfig().cache.block_size)
+        block_size = int(extra.get("block_size", EngineConfig().cache.block_size))
         options["num_blocks"] = max_num_seqs * (-(-longest // block_size) + 1) + 1
     return EngineConfig.from_options(**{**options, **extra})
 
@@ -182,12 +184,13 @@ def _start(
         path = resolve_model(str(model))
         start = time.perf_counter()
         return Engine.from_checkpoint(path, config), time.perf_counter() - start
-    from powertrain.checkpoint.load import random_model
+    from powertrain.checkpoint.load import random_decoder
 
     start = time.perf_counter()
-    if config.device == "cpu" and config.threads:
-        torch.set_num_threads(config.threads)
-    drawn = random_model(model, config.device, _torch_dtype(config), weight_format, max_position=config.max_model_len)
+    settled = resolve(config, has_cuda=config.device == "cuda", model_dtype="bfloat16")
+    set_torch_threads(settled)
+    drawn = random_decoder(model, settled, weight_format)
+    set_torch_threads(settled, drawn)
     engine = Engine(drawn, config, Path(model).name)
     engine.warm_up()
     return engine, time.perf_counter() - start
@@ -260,17 +263,10 @@ def _stored_format(engine: Engine) -> str:
     return "+".join(engine.model.formats())
 
 
-def _torch_dtype(config: EngineConfig) -> torch.dtype:
-    if config.dtype == "auto":
-        return torch.bfloat16 if config.device == "cuda" else torch.float32
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    return dtype
-
-
 def text_table(made: dict[str, Any]) -> str:
     """The record in plain text, for machines without rich."""
     lines = [
-        f"{made['model']}, weights {made['format']}, start {made['startup_s']:.1f} s",
+        f"{made['model']}, weights {made['format']}, KV {made['kv_cache_dtype']}, start {made['startup_s']:.1f} s",
         f"{'batch':>6} {'prefill s':>10} {'step ms':>9} {'tok/s':>9} {'floor ms':>9} {'of floor':>9}",
     ]
     for row in made["results"]:
@@ -297,6 +293,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--kernels", choices=get_args(Kernels))
+    parser.add_argument("--kv-cache-dtype", choices=get_args(KVCacheDType))
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--max-num-seqs", type=int)
     parser.add_argument("--seed", type=int, default=0)
@@ -304,7 +302,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE")
     given = vars(parser.parse_args(arguments))
     file, model, batch = given.pop("json"), given.pop("model"), given.pop("batch")
-    engine_options = {name: given.pop(name) for name in ("max_num_batched_tokens", "max_num_seqs")}
+    own = ("kernels", "kv_cache_dtype", "max_num_batched_tokens", "max_num_seqs")
+    engine_options = {name: given.pop(name) for name in own}
     try:
         batches = [int(part) for part in batch.split(",")]
     except ValueError:

@@ -105,6 +105,8 @@ def evaluate(
     chunk: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    kernels: str = "auto",
+    kv_cache_dtype: str = "auto",
     num_resamples: int = 1000,
     seed: int = 0,
     progress: Progress | None = None,
@@ -112,17 +114,18 @@ def evaluate(
     """Compare the checkpoint `candidate` with `reference`, both read from disk, on the same tokens.
 
     `data` is "self" (text sampled from the reference), a file of text or JSON lines, or sequences of token ids. About
-    `num_tokens` of it (None: all) are scored in windows of `window`. The reference runs in float32; the candidate in
-    `dtype`, as the engine would. A small `chunk` scores few rows at a time, through the products that decoding uses.
-    To compare several candidates, build one `Reference` and pass it: its data and logits are kept (its own `data`,
-    `num_tokens`, `window` and `seed` then hold). Raises `PowertrainError` for unreadable data, another vocabulary, a
-    window beyond the model's length, or a candidate that gives no finite numbers.
+    `num_tokens` of it (None: all) are scored in windows of `window`. The reference runs in float32 on the reference
+    kernels; the candidate with `dtype`, `kernels` and `kv_cache_dtype`, as the engine would serve it. A small `chunk`
+    scores few rows at a time, through the products that decoding uses. To compare several candidates, build one
+    `Reference` and pass it: its data and logits are kept (its own `data`, `num_tokens`, `window` and `seed` then hold).
+    Raises `PowertrainError` for unreadable data, another vocabulary, a window beyond the model's length, or a candidate
+    that gives no finite numbers.
     """
     if not isinstance(reference, Reference):
         reference = Reference(
             reference, data=data, num_tokens=num_tokens, window=window, device=device, seed=seed, progress=progress
         )
-    model = read_model(candidate, device=device, dtype=dtype)
+    model = read_model(candidate, device=device, dtype=dtype, kernels=kernels, kv_cache_dtype=kv_cache_dtype)
     return reference.compare(model, chunk=chunk, num_resamples=num_resamples, progress=progress)
 
 
@@ -205,6 +208,8 @@ class Reference:
                 "chunk": chunk,
                 "device": candidate.device,
                 "dtype": candidate.dtype,
+                "kernels": candidate.kernels,
+                "kv_cache_dtype": candidate.kv_cache_dtype,
                 "reference_dtype": reference.dtype,
                 "num_resamples": num_resamples,
                 "seconds": round(time.perf_counter() - started, 3),

@@ -29,7 +29,10 @@ SELF = "self"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A model read from disk, ready to score. `nbytes` is that of all its tensors as stored."""
+    """A model read from disk, ready to score. `nbytes` is that of all its tensors as stored.
+
+    `kernels` and `kv_cache_dtype` say what scores it: a candidate shall be judged as it would be served.
+    """
 
     name: str
     path: Path
@@ -40,28 +43,43 @@ class Model:
     dtype: str
     nbytes: int
     num_parameters: int
+    kernels: str = "reference"
+    kv_cache_dtype: str = "float32"
 
 
-def read_model(model: str | Path, *, device: str = "auto", dtype: str = "auto") -> Model:
-    """Load a checkpoint as the engine would: `auto` as the engine resolves it. `model` is a name or a path."""
+def read_model(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    kernels: str = "auto",
+    kv_cache_dtype: str = "auto",
+) -> Model:
+    """Load a checkpoint as the engine would: `auto` as the engine resolves it. `model` is a name or a path.
+
+    An explicit `dtype`, as a reference has, means torch's products on weights of that type.
+    """
     from powertrain.checkpoint.hub import resolve_model
-    from powertrain.checkpoint.load import load_model
+    from powertrain.checkpoint.load import load_decoder
 
     path = resolve_model(model)
     checkpoint = open_checkpoint(path)
     stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")).removeprefix("torch.")
-    options = EngineConfig.from_options(device=device, dtype=dtype)
+    options = EngineConfig.from_options(device=device, dtype=dtype, kernels=kernels, kv_cache_dtype=kv_cache_dtype)
     settled = resolve(options, has_cuda=torch.cuda.is_available(), model_dtype=stored)
+    decoder = load_decoder(checkpoint, settled).with_kv_cache_dtype(settled.cache.kv_cache_dtype)
     return Model(
         name=str(model),
         path=path,
-        decoder=load_model(checkpoint, settled.device, getattr(torch, settled.dtype)),
+        decoder=decoder,
         vocab_size=int(checkpoint.config["vocab_size"]),
         max_length=checkpoint.config.get("max_position_embeddings"),
         device=settled.device,
         dtype=settled.dtype,
         nbytes=sum(checkpoint.nbytes(name) for name in checkpoint.names()),
         num_parameters=count_parameters(checkpoint),
+        kernels=decoder.kernels,
+        kv_cache_dtype=decoder.kv_cache_dtype,
     )
 
 

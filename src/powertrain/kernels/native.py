@@ -75,7 +75,7 @@ def _why_not_built() -> str:
     except metadata.PackageNotFoundError:
         return "not built: powertrain runs from a source tree that was not installed"
     if "Root-Is-Purelib: true" in wheel:
-        return "not built: no working C++20 compiler was found when powertrain was installed"
+        return "not built: powertrain was installed without a working C++20 compiler; pip install -v tells more"
     return "not built for this source tree or this Python: install powertrain from it"
 
 

@@ -204,15 +204,23 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantScheme:
-    """An integer weight grid, in compressed-tensors' words; `group_size` None is one group per output row (channel)."""
+    """An integer weight grid, in compressed-tensors' words; `group_size` None is one group per output row (channel).
+
+    `activation_bits` 8 rounds a product's input too, on a symmetric grid found at run time: one per token, or one per
+    `activation_group_size` inputs of it. None leaves it float.
+    """
 
     num_bits: int
     group_size: int | None = None
     symmetric: bool = True
+    activation_bits: int | None = None
+    activation_group_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_bits not in (4, 8):
             raise PowertrainError(f"num_bits must be 4 or 8, got {self.num_bits}")
+        if self.activation_bits not in (None, 8):
+            raise PowertrainError(f"activation_bits must be 8 or None, got {self.activation_bits}")
 
     @property
     def strategy(self) -> Literal["channel", "group"]:

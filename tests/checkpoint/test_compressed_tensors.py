@@ -172,7 +172,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("sparsity_config", {"format": "sparse-24-bitmask"}, "sparsity_config"),
     ("config_groups", [], "config_groups"),
     ("config_groups/group_0", {"targets": "Linear", "weights": {}}, "config_groups"),
-    ("config_groups/group_0/format", "int-quantized", "'int-quantized'"),
+    ("config_groups/group_0/format", "float-quantized", "'float-quantized'"),
     ("config_groups/group_0/format", "nvfp4-pack-quantized", "nvfp4"),
     ("config_groups/group_0/input_activations", {"num_bits": 8}, "input_activations"),
     ("config_groups/group_0/weights/type", "float", "float weights"),

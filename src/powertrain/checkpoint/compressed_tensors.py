@@ -1,7 +1,8 @@
-"""compressed-tensors' `pack-quantized` layout: integer weights packed densely into int32 words, and its config.
+"""compressed-tensors' integer weights and their config: packed densely into int32 words, or one in a byte.
 
 A value in [-2^(b-1), 2^(b-1) - 1] is stored plus 2^(b-1); element i of a row lies at bit i * b, low end first, in
-consecutive words. Zero points are packed the same way, but down the output axis.
+consecutive words. Zero points are packed the same way, but down the output axis. That is `pack-quantized`; schemes that
+quantize activations too are stored as `int-quantized`: int8 `weight` and `weight_zero_point`, whatever the bits.
 Format: https://github.com/neuralmagic/compressed-tensors
 """
 
@@ -18,7 +19,8 @@ from powertrain.checkpoint.source import Checkpoint
 from powertrain.model.weights import IntWeight
 from powertrain.types import ModelFileError, QuantScheme
 
-FORMAT = "pack-quantized"
+PACKED, PLAIN = "pack-quantized", "int-quantized"
+MIXED = "mixed-precision"
 LINEAR = "Linear"
 
 
@@ -47,8 +49,18 @@ def unpack_int32(packed: Tensor, num_bits: int, shape: Sequence[int]) -> Tensor:
     return (codes[:, : shape[1]].to(torch.int16) - offset).to(torch.int8)
 
 
-def int_weight_tensors(name_prefix: str, weight: IntWeight) -> dict[str, Tensor]:
-    """The tensors of one layer (`model.layers.0.mlp.up_proj`) as they stand in the file."""
+def stored_format(scheme: QuantScheme) -> str:
+    """How a scheme's integers are stored, as the library itself and its readers have it."""
+    return PACKED if scheme.activation_bits is None else PLAIN
+
+
+def int_weight_tensors(name_prefix: str, weight: IntWeight, storage: str = PACKED) -> dict[str, Tensor]:
+    """The tensors of one layer (`model.layers.0.mlp.up_proj`) as they stand in the file; see `stored_format`."""
+    if storage == PLAIN:
+        tensors = {f"{name_prefix}.weight": weight.values, f"{name_prefix}.weight_scale": weight.scale.contiguous()}
+        if weight.zero_point is not None:
+            tensors[f"{name_prefix}.weight_zero_point"] = weight.zero_point
+        return tensors
     tensors = {
         f"{name_prefix}.weight_packed": pack_int32(weight.values, weight.num_bits),
         f"{name_prefix}.weight_scale": weight.scale.contiguous(),
@@ -75,7 +87,10 @@ def load_int_weight(checkpoint: Checkpoint, prefix: str, scheme: QuantScheme) ->
 
     if f"{prefix}.weight_g_idx" in present:
         fail("weight_g_idx", "reorders columns by activation, which cannot be run")
-    declared = checkpoint.load(f"{prefix}.weight_shape").flatten().tolist()
+    is_plain = f"{prefix}.weight_packed" not in present and f"{prefix}.weight" in present
+    declared = list(checkpoint.shape(f"{prefix}.weight")) if is_plain else None
+    if declared is None:
+        declared = checkpoint.load(f"{prefix}.weight_shape").flatten().tolist()
     if len(declared) != 2 or not all(isinstance(size, int) and 0 < size < 2**31 for size in declared):
         fail("weight_shape", f"is {declared}, expected two sizes")
     out_features, in_features = declared
@@ -83,6 +98,16 @@ def load_int_weight(checkpoint: Checkpoint, prefix: str, scheme: QuantScheme) ->
     if in_features % group_size:
         fail("weight_shape", f"has rows of {in_features}, which groups of {group_size} do not divide")
     groups = in_features // group_size
+    if is_plain:
+        values = load("weight", "int8", (out_features, in_features))
+        if scheme.num_bits == 4 and not -8 <= int(values.min()) <= int(values.max()) < 8:
+            fail("weight", "holds integers beyond 4 bits")
+        return IntWeight(
+            values=values,
+            scale=load("weight_scale", "float", (out_features, groups)),
+            zero_point=None if scheme.symmetric else load("weight_zero_point", "int8", (out_features, groups)),
+            num_bits=scheme.num_bits,
+        )
     packed = load("weight_packed", "int32", (out_features, _words(in_features, scheme.num_bits)))
     scale = load("weight_scale", "float", (out_features, groups))
     zero_point = None
@@ -99,9 +124,10 @@ def _words(count: int, num_bits: int) -> int:
 
 def quantization_config(groups: Sequence[tuple[QuantScheme, list[str]]], ignore: Sequence[str]) -> dict[str, Any]:
     """The `quantization_config` of a `config.json`: one config group per (scheme, targets)."""
+    formats = {stored_format(scheme) for scheme, _ in groups}
     return {
         "quant_method": "compressed-tensors",
-        "format": FORMAT,
+        "format": formats.pop() if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{number}": {
@@ -114,14 +140,27 @@ def quantization_config(groups: Sequence[tuple[QuantScheme, list[str]]], ignore:
                     "group_size": scheme.group_size,
                     "dynamic": False,
                 },
-                "input_activations": None,
+                "input_activations": _input_activations(scheme),
                 "output_activations": None,
-                "format": FORMAT,
+                "format": stored_format(scheme),
             }
             for number, (scheme, targets) in enumerate(groups)
         },
         "ignore": list(ignore),
         "kv_cache_scheme": None,
+    }
+
+
+def _input_activations(scheme: QuantScheme) -> dict[str, Any] | None:
+    if scheme.activation_bits is None:
+        return None
+    return {
+        "num_bits": scheme.activation_bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "token" if scheme.activation_group_size is None else "group",
+        "group_size": scheme.activation_group_size,
+        "dynamic": True,
     }
 
 
@@ -192,11 +231,10 @@ def _scheme(group: Mapping[str, Any], default_format: Any) -> QuantScheme:
     weights = group["weights"]
     found_format = group.get("format") or default_format
     num_bits, strategy, group_size = weights.get("num_bits", 8), weights.get("strategy"), weights.get("group_size")
-    if found_format != FORMAT:
-        _refuse(f"format {found_format!r} cannot be run; {FORMAT} can")
-    for key in ("input_activations", "output_activations"):
-        if group.get(key) is not None:
-            _refuse(f"{key}: quantized activations cannot be run")
+    if found_format not in (PACKED, PLAIN):
+        _refuse(f"format {found_format!r} cannot be run; {PACKED} and {PLAIN} can")
+    if group.get("output_activations") is not None:
+        _refuse("output_activations: quantized outputs cannot be run")
     if weights.get("type", "int") != "int" or num_bits not in (4, 8) or isinstance(num_bits, bool):
         _refuse(f"{weights.get('type', 'int')} weights of {num_bits} bits cannot be run; int of 4 or 8 bits can")
     if weights.get("actorder") in (True, "group") or weights.get("dynamic") not in (None, False):
@@ -212,7 +250,22 @@ def _scheme(group: Mapping[str, Any], default_format: Any) -> QuantScheme:
         num_bits=num_bits,
         group_size=group_size if strategy == "group" else None,
         symmetric=bool(weights.get("symmetric", True)),
+        **_activation_fields(group.get("input_activations")),
     )
+
+
+def _activation_fields(activations: Any) -> dict[str, int | None]:
+    """The activation part of a `QuantScheme`: dynamic symmetric int8 per token or per group, or none."""
+    if activations is None:
+        return {}
+    if not isinstance(activations, dict):
+        _refuse("input_activations is no mapping")
+    strategy, group_size = activations.get("strategy"), activations.get("group_size")
+    found = [activations.get(key, default) for key, default in (("num_bits", 8), ("type", "int"), ("symmetric", True))]
+    is_group = strategy == "group" and type(group_size) is int and group_size > 0
+    if found != [8, "int", True] or activations.get("dynamic") is not True or not (is_group or strategy == "token"):
+        _refuse("input_activations: only dynamic symmetric int of 8 bits, per token or per group, can be run")
+    return {"activation_bits": 8, "activation_group_size": group_size if is_group else None}
 
 
 def _refuse(problem: str) -> NoReturn:

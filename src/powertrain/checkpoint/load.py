@@ -23,6 +23,7 @@ from powertrain.model.families import ModelConfig, model_config
 from powertrain.model.layers import Attention, Block, GatedMLP, Linear, RMSNorm, Rope
 from powertrain.model.packed import FLOATS, GGUF_FLOATS, GGUF_GRIDS, PackedMatrix, Part, can_stack, gguf_part, int_part
 from powertrain.model.packed import pack as pack_stream
+from powertrain.model.quantized_input import QuantizedInput
 from powertrain.model.weights import (
     Dense,
     IntWeight,
@@ -94,7 +95,8 @@ def load_model(
             weights = [dense(f"{layer}.weight", shapes[layer]) for layer in layers]
             return [Dense.pack(weights[0] if len(weights) == 1 else torch.cat(weights), device, dtype)]
         ints = [_int_weight(checkpoint, layer, scheme, shapes[layer]) for layer in layers]
-        return [pack_int_weight(concat_int_weights(ints), device)]
+        packed = pack_int_weight(concat_int_weights(ints), device)
+        return [packed if scheme.activation_bits is None else QuantizedInput(packed, scheme.activation_group_size)]
 
     def vector(name: str, size: int) -> torch.Tensor:
         return dense(name, (size,))
@@ -376,7 +378,7 @@ def _part(checkpoint: Checkpoint, layer: str, shape: tuple[int, int]) -> Part:
     """One matrix as it is stored; what the kernels do not run as stored becomes float32."""
     scheme = None if layer == EMBEDDING else scheme_of(checkpoint.config, layer)
     if scheme is not None:
-        return int_part(_int_weight(checkpoint, layer, scheme, shape))
+        return int_part(_int_weight(checkpoint, layer, scheme, shape), scheme.activation_bits is not None)
     name = f"{layer}.weight"
     if name not in checkpoint.names():
         raise ModelFileError(f"{checkpoint.path}: tensor {name} is missing")

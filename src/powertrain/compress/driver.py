@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from powertrain.checkpoint.compressed_tensors import int_weight_tensors, quantization_config
+from powertrain.checkpoint.compressed_tensors import int_weight_tensors, quantization_config, stored_format
 from powertrain.checkpoint.hub import resolve_model
 from powertrain.checkpoint.safetensors_folder import write_checkpoint
 from powertrain.checkpoint.source import Checkpoint, open_checkpoint
@@ -181,7 +181,7 @@ class _Writer:
 
     def _quantize(self, layer: LayerPlan, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         quantized, error = rtn(weight, layer.scheme, scale_dtype=self._plan.dtype, name=layer.name)
-        tensors = int_weight_tensors(layer.name, quantized)
+        tensors = int_weight_tensors(layer.name, quantized, stored_format(layer.scheme))
         self._layers.append(
             LayerReport(
                 name=layer.name,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from powertrain.checkpoint.compressed_tensors import PACKED, stored_format
 from powertrain.checkpoint.source import Checkpoint
 from powertrain.compress.quantize import GROUP_SIZE_STEP, check_group_size, nearest_group_size
 from powertrain.compress.recipe import CHANNEL, HEAD, Recipe, Step
@@ -30,16 +31,24 @@ class LayerPlan:
     scheme: QuantScheme
 
     @property
+    def is_packed(self) -> bool:
+        """Whether several integers share a word; schemes that quantize activations too store one in a byte."""
+        return stored_format(self.scheme) == PACKED
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the integers and of `weight_shape`; scales and zero points are in `parameter_bytes`."""
         out_features, in_features = self.shape
+        if not self.is_packed:
+            return out_features * in_features
         return out_features * math.ceil(in_features * self.scheme.num_bits / 32) * 4 + SHAPE_BYTES
 
     def parameter_bytes(self, scale_bytes: int) -> int:
         """Bytes of the scales, `scale_bytes` each, and of the packed zero points."""
         out_features, in_features = self.shape
         num_groups = in_features // (self.scheme.group_size or in_features)
-        zero_points = 0 if self.scheme.symmetric else math.ceil(out_features * self.scheme.num_bits / 32) * 4
+        packed_zero_points = math.ceil(out_features * self.scheme.num_bits / 32) * 4
+        zero_points = 0 if self.scheme.symmetric else packed_zero_points if self.is_packed else out_features
         return num_groups * (out_features * scale_bytes + zero_points)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ SCHEMES: dict[str, QuantScheme] = {
     "W4A16_ASYM": QuantScheme(num_bits=4, group_size=64, symmetric=False),
     "W8A16": QuantScheme(num_bits=8),
     "W8A16_ASYM": QuantScheme(num_bits=8, symmetric=False),
+    "W4A8": QuantScheme(num_bits=4, group_size=64, activation_bits=8),
+    "W8A8": QuantScheme(num_bits=8, activation_bits=8),
 }
 """Scheme names of compressed-tensors with the group size used when a step gives none.
 
@@ -159,10 +161,10 @@ def _scheme(name: str, step: Mapping[str, Any], where: str) -> QuantScheme:
         return scheme
     size = step["group_size"]
     if size == CHANNEL:
-        return QuantScheme(num_bits=scheme.num_bits, symmetric=scheme.symmetric)
+        return replace(scheme, group_size=None)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise PowertrainError(f"{where}.group_size must be a positive integer or `{CHANNEL}`, got {size!r}")
-    return QuantScheme(num_bits=scheme.num_bits, group_size=size, symmetric=scheme.symmetric)
+    return replace(scheme, group_size=size)
 
 
 def _patterns(value: Any, where: str) -> tuple[str, ...]:

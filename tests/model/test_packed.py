@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from powertrain.checkpoint.gguf_blocks import dequantize
+from powertrain.kernels import native as native_kernels
 from powertrain.model.packed import (
     Grid,
     PackedLayout,
@@ -260,3 +261,24 @@ def test_a_packed_matrix_multiplies_through_the_native_module_in_its_callers_dty
     assert matrix.nbytes() == matrix.step_bytes() == stream.numel() == 2 * 2 * (64 + 256)
     with pytest.raises(ValueError, match="bytes is expected"):
         PackedMatrix(stream[1:], layout, native, "team")
+
+
+@pytest.mark.skipif(native_kernels.load() is None, reason=f"no native module: {native_kernels.unavailable()}")
+@given(st.sampled_from(["float", "int", "asymmetric int"]), sizes, st.integers(1, 130), st.booleans(), seeds)
+@settings(deadline=None, max_examples=60)
+def test_the_native_product_is_that_of_the_unpacked_matrix(
+    kind: str, rows: int, cols: int, is_gate_up: bool, seed: int
+) -> None:
+    native: Any = native_kernels.load()
+    generator = torch.Generator().manual_seed(seed)
+    parts: list[Part] = [torch.randn(rows, cols, generator=generator) for _ in range(2)]
+    if kind != "float":
+        weights = [
+            int_weight((rows, cols), 4 + 4 * (seed % 2), cols, kind == "int", torch.float32, seed + n) for n in (0, 1)
+        ]
+        parts = [int_part(weight) for weight in weights]
+    matrix = PackedMatrix(*pack(parts, is_gate_up), native, native.Team(1))
+    x = torch.randn(1 + seed % 5, cols, generator=generator)
+    expected = x.double() @ matrix.unpack().double().t()
+    bound = x.abs().double() @ matrix.unpack().abs().double().t() * 2.0**-17
+    assert bool(((matrix.matmul(x) - expected).abs() <= bound).all())

@@ -134,6 +134,7 @@ def test_the_source_archive_holds_what_a_build_and_a_test_run_need(tmp_path: Pat
 
 
 @pytest.mark.big
+@pytest.mark.timeout(600)
 def test_a_wheel_holds_the_module_and_not_its_sources(tmp_path: Path) -> None:
     """Compiles every level: a minute or more."""
     with zipfile.ZipFile(build("build_wheel", tmp_path / "out")) as wheel:

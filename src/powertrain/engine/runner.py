@@ -37,6 +37,7 @@ class Runner:
     def __init__(self, model: Decoder, cache: KVCache, max_num_seqs: int, max_model_len: int) -> None:
         self.model = model
         self.cache = cache
+        self._device = model.device
         self._tables = np.zeros((max_num_seqs, -(-max_model_len // cache.block_size) + 1), dtype=np.int64)
 
     def execute(self, plan: Plan) -> StepResult:
@@ -68,11 +69,12 @@ class Runner:
             query_lens.append(chunk.count)
             context_lens.append(stop)
         tables = self._tables[slots, : -(-max(context_lens) // block_size)]
-        step = AttentionStep(query_lens, context_lens, tables, block_size, self.model.device)
+        step = AttentionStep(query_lens, context_lens, tables, block_size, self._device)
         return self._tensor(token_ids), step
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
-        return torch.from_numpy(np.array(values, dtype=np.int64)).to(self.model.device, non_blocking=True)
+        tensor = torch.from_numpy(np.array(values, dtype=np.int64))
+        return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
 
     def _sample(self, chunks: ListLike[Chunk], hidden: torch.Tensor, result: StepResult) -> None:
         """Logits only for the rows that give tokens: each sampling chunk's last known token and its drafts."""

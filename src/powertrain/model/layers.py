@@ -18,12 +18,12 @@ class Linear:
 
     def __init__(self, formats: list[WeightFormat], bias: torch.Tensor | None = None) -> None:
         self.formats = formats
-        self._bias = bias
+        self.bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         parts = [weight.matmul(x) for weight in self.formats]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        return out if self._bias is None else out + self._bias
+        return out if self.bias is None else out + self.bias
 
     def step_bytes(self) -> int:
         return sum(weight.step_bytes() for weight in self.formats)
@@ -50,6 +50,11 @@ class Rope:
         cos, sin = angles.cos(), angles.sin()
         self._cos = torch.cat((cos, cos), dim=-1).to(device, dtype).unsqueeze(1)
         self._sin = torch.cat((-sin, sin), dim=-1).to(device, dtype).unsqueeze(1)
+
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [positions, d / 2] of each pair of dimensions, contiguous."""
+        half = self._cos.shape[-1] // 2
+        return self._cos[:, 0, :half].contiguous(), self._sin[:, 0, half:].contiguous()
 
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [tokens, 1, d] for one step; shared by all layers."""

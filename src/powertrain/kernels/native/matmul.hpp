@@ -20,96 +20,151 @@ INLINE F load_scale(const uint8_t* header, bool is_half, int at) {
     return is_half ? load_f16((const uint16_t*)header + at) : load((const float*)header + at);
 }
 
-// out[r][0..16) of one panel for `rows` rows from `row` on; `out` has WIDTH columns. R > 0: the sums live in registers.
-template <int R, bool IS_U4, bool HAS_MINIMUM>
-static void int8_panel(const Matrix& m, const uint8_t* panel, const Quantized& q, int64_t total, int64_t row, int64_t rows,
-                       float* out) {
-    constexpr int OFFSET = IS_U4 ? (HAS_MINIMUM ? 0 : 8) : 128;
-    const int count = R > 0 ? R : static_cast<int>(rows);
-    F sums[R > 0 ? R : 1][PARTS];
-    for (int r = 0; r < (R > 0 ? R : 0); ++r)
-        for (int part = 0; part < PARTS; ++part) sums[r][part] = F{};
-    if (R == 0)
-        for (int r = 0; r < count; ++r)
-            for (int part = 0; part < PARTS; ++part) store(out + r * WIDTH + part * LANES, F{});
+INLINE const uint8_t* group_of(const Matrix& m, const uint8_t* panel, int64_t block) {
+    return panel + block / m.group_blocks * (m.header_bytes + m.group_blocks * m.block_bytes);
+}
+
+// One or two rows by one panel: the weights pass through registers once, the sums stay there. `out` has WIDTH columns.
+template <int ROWS, bool IS_U4, bool HAS_MINIMUM>
+static void int8_panel(const Matrix& m, const uint8_t* panel, const Quantized& q, int64_t total, int64_t row, float* out) {
+    constexpr int OFFSET = IS_U4 ? (HAS_MINIMUM ? 0 : 8) : 128;  // what makes the codes unsigned
+    F sums[ROWS][PARTS] = {};
     for (int64_t block = 0; block < m.blocks;) {
         const uint8_t* header = panel;
         panel += m.header_bytes;
-        for (int g = 0; g < m.group_blocks && block < m.blocks; ++g, ++block, panel += m.block_bytes) {
+        for (int g = 0; g < m.group_blocks; ++g, ++block, panel += m.block_bytes) {
             const int64_t at = block * total + row;
-            const int8_t* codes = q.codes + at * BLOCK;
             for (int part = 0; part < PARTS; ++part) {
                 Codes weights;
                 if (IS_U4) weights.load_u4(panel, part);
                 else weights.load_s8(panel, part);
                 const F scale = load_scale(header, m.half_scale, part * LANES);
                 const F minimum = HAS_MINIMUM ? load_scale(header, m.half_scale, PANEL + part * LANES) : F{};
-                for (int r = 0; r < count; ++r) {
-                    I dot = IS_U4 ? weights.dot_u4(codes + r * BLOCK) : weights.dot_s8(codes + r * BLOCK);
+                for (int r = 0; r < ROWS; ++r) {
+                    const int8_t* codes = q.codes + (at + r) * BLOCK;
+                    I dot = IS_U4 ? weights.dot_u4(codes) : weights.dot_s8(codes);
                     if (OFFSET != 0) dot -= OFFSET * q.code_sum[at + r];
-                    F sum = R > 0 ? sums[r][part] : load(out + r * WIDTH + part * LANES);
-                    sum = fma(to_float(dot), scale * set1(q.scale[at + r]), sum);
-                    // an 8-bit code was made unsigned by OFFSET, which the line above took out again
-                    if (HAS_MINIMUM) sum = fma(minimum, set1(q.sum[at + r]), sum);
-                    if (R > 0) sums[r][part] = sum;
-                    else store(out + r * WIDTH + part * LANES, sum);
+                    sums[r][part] = fma(to_float(dot), scale * set1(q.scale[at + r]), sums[r][part]);
+                    if (HAS_MINIMUM) sums[r][part] = fma(minimum, set1(q.sum[at + r]), sums[r][part]);
                 }
             }
         }
     }
-    for (int r = 0; r < (R > 0 ? R : 0); ++r)
+    for (int r = 0; r < ROWS; ++r)
         for (int part = 0; part < PARTS; ++part) store(out + r * WIDTH + part * LANES, sums[r][part]);
+}
+
+// ROWS rows by VECTORS vectors of one unpacked block: added to the sums in `out`.
+template <int ROWS, int VECTORS, bool IS_U4, bool HAS_MINIMUM>
+INLINE void int8_block(const Tile<IS_U4>* tiles, const F* scales, const F* minima, const Quantized& q, int64_t at, float* out) {
+    constexpr int OFFSET = IS_U4 ? (HAS_MINIMUM ? 0 : 8) : 128;
+    const int8_t* codes = q.codes + at * BLOCK;
+    typename Tile<IS_U4>::Sum sums[ROWS][VECTORS];
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j)
+        for (int r = 0; r < ROWS; ++r) {
+            const auto a = Tile<IS_U4>::activations(codes + r * BLOCK + 4 * j);
+            for (int v = 0; v < VECTORS; ++v) sums[r][v].add(tiles[v], j, a);
+        }
+    for (int r = 0; r < ROWS; ++r) {
+        const F scale = set1(q.scale[at + r]), sum = set1(q.sum[at + r]);
+        const I offset = I{} + OFFSET * q.code_sum[at + r];
+        for (int v = 0; v < VECTORS; ++v) {
+            float* to = out + r * WIDTH + v * LANES;
+            const I dot = sums[r][v].total();
+            F value = fma(to_float(OFFSET ? dot - offset : dot), scales[v] * scale, load(to));
+            if (HAS_MINIMUM) value = fma(minima[v], sum, value);
+            store(to, value);
+        }
+    }
+}
+
+// Many rows by COUNT panels: each block is unpacked once for all rows, the sums lie in the first cache. The integers and
+// the order of the multiply-adds are those of `int8_panel`, so the results are the same bits.
+template <int COUNT, bool IS_U4, bool HAS_MINIMUM>
+static void int8_tile(const Matrix& m, const uint8_t* panels, const Quantized& q, int64_t total, int64_t row, int64_t rows,
+                      float* out) {
+    constexpr int VECTORS = COUNT * PARTS, ROWS = Tile<IS_U4>::ROWS;
+    constexpr int STEP = VECTORS < Tile<IS_U4>::VECTORS ? VECTORS : Tile<IS_U4>::VECTORS;
+    Tile<IS_U4> tiles[VECTORS];
+    F scales[VECTORS], minima[VECTORS];
+    for (int64_t r = 0; r < rows; ++r)
+        for (int v = 0; v < VECTORS; ++v) store(out + r * WIDTH + v * LANES, F{});
+    for (int64_t block = 0; block < m.blocks; ++block) {
+        for (int v = 0; v < VECTORS; ++v) {
+            const uint8_t* header = group_of(m, panels + v / PARTS * m.panel_bytes, block);
+            tiles[v].load(header + m.header_bytes + block % m.group_blocks * m.block_bytes, v % PARTS);
+            scales[v] = load_scale(header, m.half_scale, v % PARTS * LANES);
+            if (HAS_MINIMUM) minima[v] = load_scale(header, m.half_scale, PANEL + v % PARTS * LANES);
+        }
+        const int64_t at = block * total + row;
+        int64_t r = 0;
+        for (; r + ROWS <= rows; r += ROWS)
+            for (int v = 0; v < VECTORS; v += STEP)
+                int8_block<ROWS, STEP, IS_U4, HAS_MINIMUM>(tiles + v, scales + v, minima + v, q, at + r,
+                                                           out + r * WIDTH + v * LANES);
+        for (; r < rows; ++r)
+            for (int v = 0; v < VECTORS; v += STEP)
+                int8_block<1, STEP, IS_U4, HAS_MINIMUM>(tiles + v, scales + v, minima + v, q, at + r,
+                                                        out + r * WIDTH + v * LANES);
+    }
 }
 
 template <bool IS_U4, bool HAS_MINIMUM>
 static void int8_unit(const Matrix& m, int64_t first, int64_t panels, const Input& in, int64_t row, int64_t rows,
                       float* out) {
-    for (int64_t p = 0; p < panels; ++p) {
-        const uint8_t* panel = m.stream + (first + p) * m.panel_bytes;
-        const Quantized& q = *in.quantized;
-        float* at = out + p * PANEL;
-        if (rows == 1) int8_panel<1, IS_U4, HAS_MINIMUM>(m, panel, q, in.num_rows, row, rows, at);
-        else if (rows == 2) int8_panel<2, IS_U4, HAS_MINIMUM>(m, panel, q, in.num_rows, row, rows, at);
-        else int8_panel<0, IS_U4, HAS_MINIMUM>(m, panel, q, in.num_rows, row, rows, at);
+    const Quantized& q = *in.quantized;
+    const uint8_t* at = m.stream + first * m.panel_bytes;
+    if (rows > 2 && panels == UNIT) return int8_tile<UNIT, IS_U4, HAS_MINIMUM>(m, at, q, in.num_rows, row, rows, out);
+    for (int64_t p = 0; p < panels; ++p, at += m.panel_bytes, out += PANEL) {
+        if (rows == 1) int8_panel<1, IS_U4, HAS_MINIMUM>(m, at, q, in.num_rows, row, out);
+        else if (rows == 2) int8_panel<2, IS_U4, HAS_MINIMUM>(m, at, q, in.num_rows, row, out);
+        else int8_tile<1, IS_U4, HAS_MINIMUM>(m, at, q, in.num_rows, row, rows, out);
     }
 }
 
-// Inputs [start, start + depth) of one panel as float [depth][16]; quantized kinds start at a multiple of 32.
-static void unpack_panel(const Matrix& m, const uint8_t* panel, int64_t start, int64_t depth, float* out) {
-    if (m.kind == Kind::f16 || m.kind == Kind::bf16) {
-        const uint16_t* from = (const uint16_t*)panel + start * PANEL;
-        for (int64_t i = 0; i < depth * PANEL; i += LANES)
-            store(out + i, m.kind == Kind::f16 ? load_f16(from + i) : load_bf16(from + i));
-        return;
+// One block of 32 inputs of a quantized panel as float [32][16].
+template <bool IS_U4>
+static void unpack_block(const Matrix& m, const uint8_t* header, const uint8_t* codes, float* out) {
+    for (int part = 0; part < PARTS; ++part) {
+        const F scale = load_scale(header, m.half_scale, part * LANES);
+        const F minimum = m.has_minimum ? load_scale(header, m.half_scale, PANEL + part * LANES) : F{};
+        const I offset = I{} + (IS_U4 && !m.has_minimum ? 8 : 0);
+        for (int j = 0; j < (IS_U4 ? 4 : 8); ++j) {
+            I words;  // four inputs of an output share 32 bits
+            __builtin_memcpy(&words, codes + j * 64 + part * LANES * 4, sizeof words);
+            float* to = out + 4 * j * PANEL + part * LANES;
+            for (int i = 0; i < 4; ++i) {
+                const I code = IS_U4 ? ((words >> (8 * i)) & 15) - offset : (words << (24 - 8 * i)) >> 24;
+                // with no minimum this adds a zero, which changes nothing
+                store(to + i * PANEL, to_float(code) * scale + minimum);
+                if (IS_U4) {
+                    const I upper = ((words >> (8 * i + 4)) & 15) - offset;
+                    store(to + (16 + i) * PANEL, to_float(upper) * scale + minimum);
+                }
+            }
+        }
     }
+}
+
+// Inputs [start, start + depth) of one panel as float [depth][16]; quantized kinds start at a multiple of 32, and the
+// buffer has room for whole blocks.
+static void unpack_panel(const Matrix& m, const uint8_t* panel, int64_t start, int64_t depth, float* out) {
     if (m.kind == Kind::f32) {
         __builtin_memcpy(out, (const float*)panel + start * PANEL, depth * PANEL * 4);
-        return;
-    }
-    const int64_t group_bytes = m.header_bytes + m.group_blocks * m.block_bytes;
-    for (int64_t done = 0; done < depth; done += BLOCK) {
-        const int64_t block = (start + done) / BLOCK;
-        const uint8_t* header = panel + block / m.group_blocks * group_bytes;
-        const uint8_t* codes = header + m.header_bytes + block % m.group_blocks * m.block_bytes;
-        const int64_t inputs = smaller(BLOCK, depth - done);
-        for (int part = 0; part < PARTS; ++part) {
-            const F scale = load_scale(header, m.half_scale, part * LANES);
-            const F minimum = m.has_minimum ? load_scale(header, m.half_scale, PANEL + part * LANES) : F{};
-            for (int64_t i = 0; i < inputs; ++i) {
-                // four inputs of an output share a 32-bit word
-                const bool is_upper = m.kind == Kind::u4 && i >= 16;
-                I words;
-                __builtin_memcpy(&words, codes + ((i / 4) % (m.kind == Kind::u4 ? 4 : 8)) * 64 + part * LANES * 4, sizeof words);
-                I code;
-                if (m.kind == Kind::u4) {
-                    code = (words >> static_cast<int>(8 * (i % 4) + (is_upper ? 4 : 0))) & 15;
-                    if (!m.has_minimum) code -= 8;
-                } else {
-                    code = (words << static_cast<int>(24 - 8 * (i % 4))) >> 24;
-                }
-                const F value = to_float(code) * scale;
-                store(out + (done + i) * PANEL + part * LANES, m.has_minimum ? value + minimum : value);
-            }
+    } else if (m.kind == Kind::f16) {
+        const uint16_t* from = (const uint16_t*)panel + start * PANEL;
+        for (int64_t i = 0; i < depth * PANEL; i += LANES) store(out + i, load_f16(from + i));
+    } else if (m.kind == Kind::bf16) {
+        const uint16_t* from = (const uint16_t*)panel + start * PANEL;
+        for (int64_t i = 0; i < depth * PANEL; i += LANES) store(out + i, load_bf16(from + i));
+    } else {
+        for (int64_t done = 0; done < depth; done += BLOCK) {
+            const int64_t block = (start + done) / BLOCK;
+            const uint8_t* header = group_of(m, panel, block);
+            const uint8_t* codes = header + m.header_bytes + block % m.group_blocks * m.block_bytes;
+            if (m.kind == Kind::u4) unpack_block<true>(m, header, codes, out + done * PANEL);
+            else unpack_block<false>(m, header, codes, out + done * PANEL);
         }
     }
 }
@@ -184,8 +239,9 @@ static void product_unit(const Matrix& m, int64_t first, int64_t panels, const I
 // Inside `everywhere`: all of x times m; finish(first panel, panels, row, rows, sums [rows][WIDTH]) for each piece.
 template <class Finish>
 INLINE void product(Team& team, const Matrix& m, const Input& in, const Finish& finish) {
-    // half-size pieces where there are too few whole ones for an even share; gate and up must keep 32 pairs together
-    const int64_t unit = m.is_gate_up || m.panels >= 16 * UNIT * team.size() ? UNIT : UNIT / 2;
+    // one row: half-size pieces where there are too few whole ones for an even share; gate and up keep 32 pairs together
+    const bool is_small = in.num_rows == 1 && !m.is_gate_up && m.panels < 16 * UNIT * team.size();
+    const int64_t unit = is_small ? UNIT / 2 : UNIT;
     const int64_t tiles = ceil_div(in.num_rows, ROW_TILE), tile_rows = ceil_div(in.num_rows, tiles);
     const int64_t units = ceil_div(m.panels, unit);
     for_each(team, tiles * units, 1, [&](int64_t i) {

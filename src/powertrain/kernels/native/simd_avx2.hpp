@@ -54,3 +54,39 @@ struct Codes {
                                    _mm256_madd_epi16(up, _mm256_set1_epi16(16)));
     }
 };
+
+// For many rows the unpacked codes lie in the first cache, and ROWS by VECTORS sums share each load: two loads a cycle
+// would otherwise be the limit. Bytes need two sums, so half as many vectors fit the 16 registers.
+template <bool IS_U4>
+struct Tile {
+    static constexpr int ROWS = 4, VECTORS = IS_U4 ? 2 : 1;
+    __m256i low[8], high[IS_U4 ? 1 : 8];
+
+    void load(const uint8_t* block, int part) {
+        Codes codes;
+        if (IS_U4) codes.load_u4(block, part);
+        else codes.load_s8(block, part);
+        for (int j = 0; j < 8; ++j) {
+            low[j] = codes.w[j];
+            if (!IS_U4) high[IS_U4 ? 0 : j] = codes.high[j];
+        }
+    }
+    struct Sum {
+        __m256i low, high;
+
+        void add(const Tile& tile, int j, __m256i a) {
+            const __m256i first = _mm256_maddubs_epi16(tile.low[j], a);
+            low = j == 0 ? first : _mm256_add_epi16(low, first);
+            asm("" : "+x"(low));  // or the compiler makes a tree of the chain and runs out of registers
+            if (IS_U4) return;
+            const __m256i second = _mm256_maddubs_epi16(tile.high[IS_U4 ? 0 : j], a);
+            high = j == 0 ? second : _mm256_add_epi16(high, second);
+            asm("" : "+x"(high));
+        }
+        I total() const {
+            const __m256i sum = _mm256_madd_epi16(low, _mm256_set1_epi16(1));
+            return (I)(IS_U4 ? sum : _mm256_add_epi32(sum, _mm256_madd_epi16(high, _mm256_set1_epi16(16))));
+        }
+    };
+    static __m256i activations(const int8_t* a) { return Codes::four(a); }
+};

@@ -44,3 +44,26 @@ struct Codes {
     }
     I dot_s8(const int8_t* a) const { return dot_u4(a); }
 };
+
+// For many rows the unpacked codes lie in the first cache, and ROWS by VECTORS sums share each load.
+template <bool IS_U4>
+struct Tile {
+    static constexpr int ROWS = 4, VECTORS = 4;
+    __m512i w[8];
+
+    void load(const uint8_t* block, int part) {
+        Codes codes;
+        if (IS_U4) codes.load_u4(block, part);
+        else codes.load_s8(block, part);
+        for (int j = 0; j < 8; ++j) w[j] = codes.w[j];
+    }
+    struct Sum {
+        __m512i sum;
+
+        void add(const Tile& tile, int j, __m512i a) {
+            sum = _mm512_dpbusd_epi32(j == 0 ? _mm512_setzero_si512() : sum, tile.w[j], a);
+        }
+        I total() const { return (I)sum; }
+    };
+    static __m512i activations(const int8_t* a) { return Codes::four(a); }
+};

@@ -55,28 +55,56 @@ static inline F sqrt(F v) {
     return out;
 }
 
-// 32 inputs of LANES outputs as unsigned codes: dot gives the sum of code * activation per output, exact.
+// 32 inputs of LANES outputs. Sums of 32 products of 8-bit integers stay below 2^24, so floats hold them exactly.
 struct Codes {
-    uint8_t w[8][LANES * 4];
+    F w[BLOCK];
 
     void load_u4(const uint8_t* block, int part) {
-        for (int j = 0; j < 4; ++j)
-            for (int i = 0; i < LANES * 4; ++i) {
-                const uint8_t byte = block[j * 64 + part * LANES * 4 + i];
-                w[j][i] = byte & 15;
-                w[j + 4][i] = byte >> 4;
+        for (int j = 0; j < 4; ++j) {
+            I words;  // four inputs of an output share 32 bits
+            __builtin_memcpy(&words, block + j * 64 + part * LANES * 4, sizeof words);
+            for (int i = 0; i < 4; ++i) {
+                w[4 * j + i] = __builtin_convertvector((words >> (8 * i)) & 15, F);
+                w[16 + 4 * j + i] = __builtin_convertvector((words >> (8 * i + 4)) & 15, F);
             }
+        }
     }
     void load_s8(const uint8_t* block, int part) {
-        for (int j = 0; j < 8; ++j)
-            for (int i = 0; i < LANES * 4; ++i) w[j][i] = block[j * 64 + part * LANES * 4 + i] ^ 0x80;
+        for (int j = 0; j < 8; ++j) {
+            I words;
+            __builtin_memcpy(&words, block + j * 64 + part * LANES * 4, sizeof words);
+            for (int i = 0; i < 4; ++i)
+                w[4 * j + i] = __builtin_convertvector((words << (24 - 8 * i)) >> 24, F) + 128.0f;
+        }
     }
     I dot_u4(const int8_t* a) const {
-        I sum{};
-        for (int j = 0; j < 8; ++j)
-            for (int c = 0; c < LANES; ++c)
-                for (int i = 0; i < 4; ++i) sum[c] += w[j][c * 4 + i] * a[j * 4 + i];
-        return sum;
+        F sum{};
+        for (int k = 0; k < BLOCK; ++k) sum += w[k] * static_cast<float>(a[k]);
+        return __builtin_convertvector(sum, I);
     }
     I dot_s8(const int8_t* a) const { return dot_u4(a); }
+};
+
+// For many rows: unpacked codes, whose loads ROWS by VECTORS sums share.
+template <bool IS_U4>
+struct Tile {
+    static constexpr int ROWS = 4, VECTORS = 2;
+    Codes codes;
+
+    void load(const uint8_t* block, int part) {
+        if (IS_U4) codes.load_u4(block, part);
+        else codes.load_s8(block, part);
+    }
+    struct Sum {
+        F sum;
+
+        void add(const Tile& tile, int j, F a) {
+            if (j == 0) sum = F{};
+            for (int i = 0; i < 4; ++i) sum += tile.codes.w[4 * j + i] * a[i];
+        }
+        I total() const { return __builtin_convertvector(sum, I); }
+    };
+    static F activations(const int8_t* a) {
+        return F{static_cast<float>(a[0]), static_cast<float>(a[1]), static_cast<float>(a[2]), static_cast<float>(a[3])};
+    }
 };

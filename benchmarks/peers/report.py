@@ -1,0 +1,113 @@
+"""Rows of the record, and the tables people read (100 columns)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peers.contender import Worker
+from peers.works import Work, best_peer, ratios_to_best
+from rich.console import Console, Group
+from rich.table import Table
+
+Fidelity = Mapping[str, Mapping[str, Any]]
+"""Rows of the fidelity record by contender."""
+
+
+def work_rows(
+    work: Work,
+    rates: Mapping[str, Sequence[float]],
+    workers: Mapping[str, Worker],
+    settings: Mapping[str, Mapping[str, Any]],
+    read_bytes_per_s: float,
+    fidelity: Fidelity,
+) -> list[dict[str, Any]]:
+    """One row a contender. `workers` names the process behind each name in `rates`; a server shares that of its engine.
+
+    `floor_tokens_per_s` is what reading the weights (and, for decode, the KV cache) once a step allows at the
+    bandwidth measured between the rounds; prefill is bound by arithmetic and has none.
+    """
+    peers = [name for name in rates if not workers[name].contender.is_ours]
+    rows = []
+    for name, own in rates.items():
+        worker = workers[name]
+        step_bytes = work.bytes_per_step(worker.weight_bytes, worker.about["kv_bytes_per_token"], len(own))
+        median = statistics.median(own)
+        row: dict[str, Any] = {"name": name, "workload": work.name, "batch": work.batch, "prompt": work.prompt}
+        row |= {"output": work.output, "format": worker.contender.format, "settings": dict(settings.get(name, {}))}
+        row |= {"median_tokens_per_s": median, "best_tokens_per_s": max(own), "tokens_per_s": list(own)}
+        row["bytes_per_step"] = step_bytes
+        if step_bytes is not None and work.kind != "requests":
+            floor = work.batch * read_bytes_per_s / step_bytes
+            row |= {"floor_tokens_per_s": floor, "fraction_of_floor": median / floor}
+        if worker.contender.name in fidelity:
+            row["kl_mean"] = fidelity[worker.contender.name]["kl_mean"]
+        if worker.contender.is_ours and peers:
+            ratios = ratios_to_best(rates, name, peers)
+            row |= {"best_peer": best_peer(rates, peers), "ratios_to_best_peer": ratios}
+            row["ratio_to_best_peer"] = statistics.median(ratios)
+        rows.append(row)
+    return rows
+
+
+def show(results: Sequence[Mapping[str, Any]], contenders: Sequence[Mapping[str, Any]]) -> None:
+    """Ours beside the best peer, everybody's medians, and what the formats are."""
+    Console(width=100).print(Group(_against_best(results), _medians(results), _formats(contenders)))
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    return table
+
+
+def _against_best(results: Sequence[Mapping[str, Any]]) -> Table:
+    columns = ("work", "contender", "tok/s", "best", "of floor", "best peer", "tok/s", "ratio", "(of rounds)")
+    table = _table("Medians over rounds; the ratio is to the best peer of each round", *columns)
+    medians = {(row["workload"], row["name"]): row["median_tokens_per_s"] for row in results}
+    for row in results:
+        if "best_peer" not in row:
+            continue
+        peer, ratios = row["best_peer"], row["ratios_to_best_peer"]
+        fraction = f"{row['fraction_of_floor']:.0%}" if "fraction_of_floor" in row else ""
+        table.add_row(
+            row["workload"],
+            row["name"],
+            f"{row['median_tokens_per_s']:,.0f}",
+            f"{row['best_tokens_per_s']:,.0f}",
+            fraction,
+            peer,
+            f"{medians[row['workload'], peer]:,.0f}",
+            f"{row['ratio_to_best_peer']:.2f}",
+            f"{min(ratios):.2f}-{max(ratios):.2f}",
+        )
+    return table
+
+
+def _medians(results: Sequence[Mapping[str, Any]]) -> Table:
+    works = list(dict.fromkeys(row["workload"] for row in results))
+    medians = {(row["name"], row["workload"]): row["median_tokens_per_s"] for row in results}
+    short = [work.replace("decode-", "b=").replace("-", " ") for work in works]
+    table = _table("Median tok/s", "contender", *short)
+    for name in dict.fromkeys(row["name"] for row in results):
+        cells = (medians.get((name, work)) for work in works)
+        table.add_row(name, *("" if cell is None else f"{cell:,.0f}" for cell in cells))
+    return table
+
+
+def _formats(contenders: Sequence[Mapping[str, Any]]) -> Table:
+    columns = ("contender", "format", "weights MB/step", "KV B/token", "KL mean", "top-1")
+    table = _table("What they read and how faithful it is", *columns)
+    for made in contenders:
+        kl, top1 = made.get("kl_mean"), made.get("top1_agreement")
+        table.add_row(
+            made["name"],
+            made["format"],
+            f"{made['weight_bytes'] / 1e6:.1f}",
+            f"{made['kv_bytes_per_token']:,}",
+            "" if kl is None else f"{kl:.5f}",
+            "" if top1 is None else f"{top1:.1%}",
+        )
+    return table

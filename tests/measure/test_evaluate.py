@@ -13,6 +13,7 @@ import torch
 
 from model_builders import TINY_TEXT
 from powertrain.compress import compress
+from powertrain.kernels import native
 from powertrain.measure.evaluate import Reference, evaluate, perplexity
 from powertrain.measure.scoring import Model, read_model
 from powertrain.measure.text_data import Window, windows_of
@@ -51,11 +52,28 @@ def compressed(tiny_model_dir: TinyModel, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_a_model_equals_itself(tiny_model_dir: TinyModel, text_file: Path):
-    found = evaluate(tiny_model_dir("llama"), tiny_model_dir("llama"), data=text_file, window=64)
+    folder = tiny_model_dir("llama")
+    found = evaluate(folder, folder, data=text_file, window=64, kernels="reference")
     assert found.kl_mean == found.kl_p999 == found.rms_dp == 0.0
     assert found.top1_agreement == found.ppl_ratio == 1.0
     assert found.bits_per_weight == 32.0
     assert set(found.intervals) == STATISTICS
+
+
+def test_the_candidate_runs_as_it_would_be_served(tiny_model_dir: TinyModel, text_file: Path):
+    if native.load() is None:
+        pytest.skip(f"no native kernels: {native.unavailable()}")
+    folder = tiny_model_dir("llama")
+    found = {
+        kind: evaluate(folder, folder, data=text_file, window=64, kv_cache_dtype=kind) for kind in ("auto", "int8")
+    }
+    for kind, name in (("auto", "float16"), ("int8", "int8")):
+        settings = found[kind].settings
+        assert (settings["kernels"], settings["kv_cache_dtype"]) == ("native", name)
+    assert 0 <= found["auto"].kl_mean < 1e-5
+    assert found["auto"].kl_mean < found["int8"].kl_mean < 0.05
+    with pytest.raises(PowertrainError, match="use --kernels native"):
+        evaluate(folder, folder, data=text_file, window=64, kernels="reference", kv_cache_dtype="int8")
 
 
 def test_fewer_bits_are_further_away(tiny_model_dir: TinyModel, text_file: Path, compressed: dict[str, Path]):

@@ -3,6 +3,7 @@
 // 2205.14135; split over threads as in flash decoding). A chunk's result does not depend on who computes it, nor on the
 // queries beside it, so neither threads nor batches change a bit.
 
+constexpr int FEW_ROWS = 4;        // up to here halves become floats on their way into the product, else once before it
 constexpr int MAX_ROWS = 64;       // queries times heads of one piece of work
 
 struct CacheHead {                 // one key head of one block
@@ -21,51 +22,55 @@ INLINE CacheHead cache_head(const Cache& cache, int64_t block, int64_t head, int
     return {base, values, scales, scales + cache.block_size};
 }
 
-static void store_elements(uint8_t* to, CacheType type, int64_t at, int64_t stride, const float* x, int64_t count,
-                           float inverse) {
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t place = at + i * stride;
+// `count` numbers to the cache's type at `to`, one after the other; for int8 divided by their scale, which is stored.
+static void convert(CacheType type, const float* x, int64_t count, uint8_t* to, float* scale) {
+    float inverse = 0.0f;
+    if (type == CacheType::s8) {
+        // as integers, magnitudes order like numbers with NaN above infinity, so that none is lost
+        int32_t largest = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            int32_t bits;
+            __builtin_memcpy(&bits, x + i, 4);
+            bits &= 0x7fffffff;
+            largest = bits > largest ? bits : largest;
+        }
+        float magnitude;
+        __builtin_memcpy(&magnitude, &largest, 4);
+        *scale = magnitude / 127.0f;
+        inverse = magnitude > 0.0f ? 127.0f / magnitude : 0.0f;
+    }
+    for (int64_t i = 0; i < count; i += LANES) {
+        float lanes[LANES] = {};
+        const int64_t rest = smaller(LANES, count - i);
+        __builtin_memcpy(lanes, x + i, rest * 4);
         if (type == CacheType::f32) {
-            ((float*)to)[place] = x[i];
-        } else if (type == CacheType::s8) {
-            ((int8_t*)to)[place] = static_cast<int8_t>(__builtin_rintf(x[i] * inverse));
-        } else {
-            float lanes[LANES] = {x[i]};
+            __builtin_memcpy(to + i * 4, lanes, rest * 4);
+        } else if (type == CacheType::f16) {
             uint16_t half[LANES];
             store_f16(half, load(lanes));
-            ((uint16_t*)to)[place] = half[0];
+            __builtin_memcpy(to + i * 2, half, rest * 2);
+        } else {
+            const I codes = __builtin_convertvector(round(load(lanes) * set1(inverse)), I);
+            for (int64_t j = 0; j < rest; ++j) ((int8_t*)to)[i + j] = static_cast<int8_t>(codes[j]);
         }
     }
-}
-
-static float largest_magnitude(const float* x, int64_t count) {
-    int32_t largest = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        int32_t bits;
-        __builtin_memcpy(&bits, x + i, 4);
-        bits &= 0x7fffffff;
-        largest = bits > largest ? bits : largest;
-    }
-    float value;
-    __builtin_memcpy(&value, &largest, 4);
-    return value;
 }
 
 // Key and value of one token and head to their place in the cache.
 static void write_head(const Cache& cache, const float* key, const float* value, int64_t block, int64_t offset,
                        int64_t head, int64_t dim) {
     const CacheHead to = cache_head(cache, block, head, dim);
-    float key_inverse = 0.0f, value_inverse = 0.0f;
-    if (cache.type == CacheType::s8) {
-        const float k = largest_magnitude(key, dim), v = largest_magnitude(value, dim);
-        ((float*)to.key_scale)[offset] = k / 127.0f;
-        ((float*)to.value_scale)[offset] = v / 127.0f;
-        key_inverse = k > 0.0f ? 127.0f / k : 0.0f;
-        value_inverse = v > 0.0f ? 127.0f / v : 0.0f;
+    const int64_t bytes = element_bytes(cache.type);
+    alignas(64) uint8_t converted[MAX_HEAD_DIM * 4];
+    convert(cache.type, key, dim, converted, (float*)to.key_scale + offset);
+    uint8_t* column = (uint8_t*)to.keys + (offset / TILE * dim * TILE + offset % TILE) * bytes;
+    for (int64_t i = 0; i < dim; ++i) {
+        uint8_t* place = column + i * TILE * bytes;
+        if (bytes == 4) ((float*)place)[0] = ((const float*)converted)[i];
+        else if (bytes == 2) ((uint16_t*)place)[0] = ((const uint16_t*)converted)[i];
+        else place[0] = converted[i];
     }
-    const int64_t tile = offset / TILE;
-    store_elements((uint8_t*)to.keys, cache.type, tile * dim * TILE + offset % TILE, TILE, key, dim, key_inverse);
-    store_elements((uint8_t*)to.values, cache.type, offset * padded(dim), 1, value, dim, value_inverse);
+    convert(cache.type, value, dim, (uint8_t*)to.values + offset * padded(dim) * bytes, (float*)to.value_scale + offset);
 }
 
 // 16 positions as float: keys [dim][16] or values [16][padded dim]; the cache itself where it holds floats.
@@ -233,10 +238,13 @@ struct Attention {
         for (int64_t tile = first_tile; begin + tile * TILE < end; ++tile) {
             const int64_t position = begin + tile * TILE;
             const CacheHead head = head_at(item, position);
-            const float* keys = tile_keys(cache, head, position % cache.block_size / TILE, dim, buffer);
+            const int64_t at = position % cache.block_size / TILE;
             for (int64_t r = 0; r < rows; ++r)
                 for (int part = 0; part < PARTS; ++part) store(scores + r * CHUNK + tile * TILE + part * LANES, F{});
-            float_rows(queries, dim, keys, TILE, dim, rows, scores + tile * TILE, CHUNK);
+            if (cache.type == CacheType::f16 && rows <= FEW_ROWS)
+                float_rows(queries, dim, (const uint16_t*)head.keys + at * dim * TILE, TILE, dim, rows, scores + tile * TILE, CHUNK);
+            else
+                float_rows(queries, dim, tile_keys(cache, head, at, dim, buffer), TILE, dim, rows, scores + tile * TILE, CHUNK);
         }
     }
 
@@ -248,9 +256,16 @@ struct Attention {
         for (int64_t tile = first_tile; begin + tile * TILE < end; ++tile) {
             const int64_t position = begin + tile * TILE, valid = smaller(TILE, end - position);
             const CacheHead head = head_at(item, position);
-            const float* from = tile_values(cache, head, position % cache.block_size / TILE, valid, width, buffer);
-            for (int64_t slice = 0; slice < width; slice += PANEL)
-                float_rows(weights + tile * TILE, CHUNK, from + slice, width, valid, rows, values + slice, width);
+            const int64_t at = position % cache.block_size / TILE;
+            if (cache.type == CacheType::f16 && rows <= FEW_ROWS) {
+                const uint16_t* from = (const uint16_t*)head.values + at * TILE * width;
+                for (int64_t slice = 0; slice < width; slice += PANEL)
+                    float_rows(weights + tile * TILE, CHUNK, from + slice, width, valid, rows, values + slice, width);
+            } else {
+                const float* from = tile_values(cache, head, at, valid, width, buffer);
+                for (int64_t slice = 0; slice < width; slice += PANEL)
+                    float_rows(weights + tile * TILE, CHUNK, from + slice, width, valid, rows, values + slice, width);
+            }
         }
     }
 };

@@ -26,7 +26,7 @@ INLINE const uint8_t* group_of(const Matrix& m, const uint8_t* panel, int64_t bl
 
 // One or two rows by one panel: the weights pass through registers once, the sums stay there. `out` has WIDTH columns.
 template <int ROWS, bool IS_U4, bool HAS_MINIMUM>
-static void int8_panel(const Matrix& m, const uint8_t* panel, const Quantized& q, int64_t total, int64_t row, float* out) {
+static void int8_panel(const Matrix& m, const uint8_t* panel, Quantized q, int64_t total, int64_t row, float* out) {
     constexpr int OFFSET = IS_U4 ? (HAS_MINIMUM ? 0 : 8) : 128;  // what makes the codes unsigned
     F sums[ROWS][PARTS] = {};
     for (int64_t block = 0; block < m.blocks;) {
@@ -54,9 +54,10 @@ static void int8_panel(const Matrix& m, const uint8_t* panel, const Quantized& q
         for (int part = 0; part < PARTS; ++part) store(out + r * WIDTH + part * LANES, sums[r][part]);
 }
 
-// ROWS rows by VECTORS vectors of one unpacked block: added to the sums in `out`.
+// ROWS rows by VECTORS vectors of one unpacked block: added to the sums in `out`. Here and below `q` is a copy, so that
+// the compiler knows its pointers to outlive the stores.
 template <int ROWS, int VECTORS, bool IS_U4, bool HAS_MINIMUM>
-INLINE void int8_block(const Tile<IS_U4>* tiles, const F* scales, const F* minima, const Quantized& q, int64_t at, float* out) {
+INLINE void int8_block(const Tile<IS_U4>* tiles, const F* scales, const F* minima, Quantized q, int64_t at, float* out) {
     constexpr int OFFSET = IS_U4 ? (HAS_MINIMUM ? 0 : 8) : 128;
     const int8_t* codes = q.codes + at * BLOCK;
     typename Tile<IS_U4>::Sum sums[ROWS][VECTORS];
@@ -82,7 +83,7 @@ INLINE void int8_block(const Tile<IS_U4>* tiles, const F* scales, const F* minim
 // Many rows by COUNT panels: each block is unpacked once for all rows, the sums lie in the first cache. The integers and
 // the order of the multiply-adds are those of `int8_panel`, so the results are the same bits.
 template <int COUNT, bool IS_U4, bool HAS_MINIMUM>
-static void int8_tile(const Matrix& m, const uint8_t* panels, const Quantized& q, int64_t total, int64_t row, int64_t rows,
+static void int8_tile(const Matrix& m, const uint8_t* panels, Quantized q, int64_t total, int64_t row, int64_t rows,
                       float* out) {
     constexpr int VECTORS = COUNT * PARTS, ROWS = Tile<IS_U4>::ROWS;
     constexpr int STEP = VECTORS < Tile<IS_U4>::VECTORS ? VECTORS : Tile<IS_U4>::VECTORS;
@@ -169,10 +170,14 @@ static void unpack_panel(const Matrix& m, const uint8_t* panel, int64_t start, i
     }
 }
 
-// out[r][p * 16 ..] += sum over k of a[r][k] * panels[p][k][0..16), k ascending. R rows, P panels `stride` apart.
-template <int R, int P>
-INLINE void float_tile(const float* a, int64_t lda, const float* panels, int64_t stride, int64_t ldb, int64_t depth,
-                       float* out, int64_t ldc) {
+INLINE F load_number(const float* p) { return load(p); }
+INLINE F load_number(const uint16_t* p) { return load_f16(p); }
+
+// out[r][p * 16 ..] += sum over k of a[r][k] * panels[p][k][0..16), k ascending. R rows, P panels `stride` apart, of
+// floats or halves.
+template <int R, int P, class T>
+INLINE void float_tile(const float* a, int64_t lda, const T* panels, int64_t stride, int64_t ldb, int64_t depth, float* out,
+                       int64_t ldc) {
     F sums[R][P][PARTS];
     for (int r = 0; r < R; ++r)
         for (int p = 0; p < P; ++p)
@@ -180,7 +185,7 @@ INLINE void float_tile(const float* a, int64_t lda, const float* panels, int64_t
     for (int64_t k = 0; k < depth; ++k)
         for (int p = 0; p < P; ++p)
             for (int part = 0; part < PARTS; ++part) {
-                const F b = load(panels + p * stride + k * ldb + part * LANES);
+                const F b = load_number(panels + p * stride + k * ldb + part * LANES);
                 for (int r = 0; r < R; ++r) sums[r][p][part] = fma(set1(a[r * lda + k]), b, sums[r][p][part]);
             }
     for (int r = 0; r < R; ++r)
@@ -189,12 +194,14 @@ INLINE void float_tile(const float* a, int64_t lda, const float* panels, int64_t
 }
 
 // Any number of rows by one panel of 16 columns.
-INLINE void float_rows(const float* a, int64_t lda, const float* panel, int64_t ldb, int64_t depth, int64_t rows, float* out,
+template <class T>
+INLINE void float_rows(const float* a, int64_t lda, const T* panel, int64_t ldb, int64_t depth, int64_t rows, float* out,
                        int64_t ldc) {
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4) float_tile<4, 1>(a + r * lda, lda, panel, 0, ldb, depth, out + r * ldc, ldc);
-    for (; r + 2 <= rows; r += 2) float_tile<2, 1>(a + r * lda, lda, panel, 0, ldb, depth, out + r * ldc, ldc);
-    for (; r < rows; ++r) float_tile<1, 1>(a + r * lda, lda, panel, 0, ldb, depth, out + r * ldc, ldc);
+    if (rows - r == 3) float_tile<3, 1>(a + r * lda, lda, panel, 0, ldb, depth, out + r * ldc, ldc);
+    if (rows - r == 2) float_tile<2, 1>(a + r * lda, lda, panel, 0, ldb, depth, out + r * ldc, ldc);
+    if (rows - r == 1) float_tile<1, 1>(a + r * lda, lda, panel, 0, ldb, depth, out + r * ldc, ldc);
 }
 
 static void float_unit(const Matrix& m, int64_t first, int64_t panels, const Input& in, int64_t row, int64_t rows,

@@ -38,6 +38,7 @@ class Runner:
         self.model = model
         self.cache = cache
         self._device = model.device
+        self._is_cpu = self._device.type == "cpu"
         self._tables = np.zeros((max_num_seqs, -(-max_model_len // cache.block_size) + 1), dtype=np.int64)
 
     def execute(self, plan: Plan) -> StepResult:
@@ -68,13 +69,16 @@ class Runner:
             slots.append(sequence.slot)
             query_lens.append(chunk.count)
             context_lens.append(stop)
-        tables = self._tables[slots, : -(-max(context_lens) // block_size)]
+        width = -(-max(context_lens) // block_size)
+        # a step's weights push everything else out of the caches: what is called seldom costs tens of microseconds
+        is_one = len(slots) == 1
+        tables = self._tables[slots[0] : slots[0] + 1, :width] if is_one else self._tables[slots, :width]
         step = AttentionStep(query_lens, context_lens, tables, block_size, self._device)
         return self._tensor(token_ids), step
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         tensor = torch.from_numpy(np.array(values, dtype=np.int64))
-        return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
+        return tensor if self._is_cpu else tensor.to(self._device, non_blocking=True)
 
     def _sample(self, chunks: ListLike[Chunk], hidden: torch.Tensor, result: StepResult) -> None:
         """Logits only for the rows that give tokens: each sampling chunk's last known token and its drafts."""
@@ -95,16 +99,16 @@ class Runner:
         if not rows:
             return
         tokens: list[int | None] = [None] * len(rows)
-        hidden = self._take(hidden, index)
+        hidden = self._take(hidden, index, end)
         rest = self._draw_from_top(hidden, rows, tokens)
         entries = self._draw_from_all(hidden, rows, rest, tokens) if rest else {}
         for sequence, at in _verify(sampling, tokens, result):
             if at in entries:
                 result.logprobs.setdefault(sequence, []).append(entries[at])
 
-    def _take(self, hidden: torch.Tensor, index: list[int]) -> torch.Tensor:
-        """The rows `index`, which ascend, of hidden [rows, hidden]."""
-        return hidden if len(index) == hidden.shape[0] else hidden.index_select(0, self._tensor(index))
+    def _take(self, hidden: torch.Tensor, index: list[int], num_rows: int) -> torch.Tensor:
+        """The rows `index`, which ascend, of hidden [num_rows, hidden]."""
+        return hidden if len(index) == num_rows else hidden.index_select(0, self._tensor(index))
 
     def _draw_from_top(self, hidden: torch.Tensor, rows: ListLike[Row], tokens: list[int | None]) -> list[int]:
         """Fill in the tokens of the rows that their largest logits decide; returns the numbers of the others.
@@ -116,7 +120,8 @@ class Runner:
         if not short:
             return list(range(len(rows)))
         k = min(max(count for count in wanted if count is not None), self.model.config.vocab_size)
-        found, again = sample_top(*self.model.top_logits(self._take(hidden, short), k), [rows[at] for at in short])
+        top = self.model.top_logits(self._take(hidden, short, len(rows)), k)
+        found, again = sample_top(*top, [rows[at] for at in short])
         for at, token in zip(short, found, strict=True):
             tokens[at] = token
         undecided = {short[at] for at in again}
@@ -126,7 +131,7 @@ class Runner:
         self, hidden: torch.Tensor, rows: ListLike[Row], numbers: list[int], tokens: list[int | None]
     ) -> dict[int, TokenLogprob]:
         """Fill in the tokens of the rows `numbers`; returns the log-probabilities of those that ask, by number."""
-        logits = self.model.logits(self._take(hidden, numbers))
+        logits = self.model.logits(self._take(hidden, numbers, len(rows)))
         asks = [place for place, at in enumerate(numbers) if rows[at].sampling.logprobs is not None]
         raw = logits[asks]
         drawn = sample(logits, [rows[at] for at in numbers])

@@ -36,6 +36,15 @@ INLINE void linear_rows(Team& team, const Linear& linear, const Input& in, float
     }
 }
 
+// Panels of gate and up in turns, with bias [2 * width] = gate's | up's added from `column` on.
+static void add_gate_up_bias(const float* sums, const float* bias, int64_t width, int64_t column, int64_t panels, float* out) {
+    for (int64_t p = 0; p < panels; ++p)
+        for (int64_t c = 0; c < PANEL; ++c) {
+            const int64_t at = column + p / 2 * PANEL + c;
+            out[p * PANEL + c] = sums[p * PANEL + c] + (at < width ? bias[p % 2 * width + at] : 0.0f);
+        }
+}
+
 // inner = silu(gate) * up, quantized for the next product where that one wants it.
 INLINE void gate_up_rows(Team& team, const Model& model, const Layer& layer, const Input& in, const Workspace& w) {
     const int64_t width = model.intermediate;
@@ -54,15 +63,14 @@ INLINE void gate_up_rows(Team& team, const Model& model, const Layer& layer, con
             [&](int64_t first, int64_t panels, int64_t row, int64_t rows, const float* sums) {
         const int64_t column = first / 2 * PANEL, columns = smaller(panels / 2 * PANEL, width - column);
         for (int64_t r = 0; r < rows; ++r) {
-            alignas(64) float inner[UNIT / 2 * PANEL], pair[UNIT * PANEL];
-            for (int64_t p = 0; p < panels; ++p)
-                for (int64_t c = 0; c < PANEL; ++c) {
-                    const int64_t at = first / 2 * PANEL + p / 2 * PANEL + c;
-                    const bool has_bias = bias && at < width;
-                    pair[p * PANEL + c] = sums[r * WIDTH + p * PANEL + c] + (has_bias ? bias[p % 2 * width + at] : 0.0f);
-                }
+            alignas(64) float inner[UNIT / 2 * PANEL], biased[UNIT * PANEL];
+            const float* pairs = sums + r * WIDTH;
+            if (bias) {
+                add_gate_up_bias(pairs, bias, width, column, panels, biased);
+                pairs = biased;
+            }
             for (int64_t p = 0; p < panels; p += 2)
-                silu_mul_row(pair + p * PANEL, pair + (p + 1) * PANEL, PANEL, inner + p / 2 * PANEL);
+                silu_mul_row(pairs + p * PANEL, pairs + (p + 1) * PANEL, PANEL, inner + p / 2 * PANEL);
             if (quantizes) quantize_block(inner, columns, w.inner_quantized, column / BLOCK * in.num_rows + row + r);
             __builtin_memcpy(w.inner + (row + r) * width + column, inner, columns * 4);
         }

@@ -8,6 +8,7 @@ from typing import Any
 
 from peers.contender import Worker
 from peers.works import Work, best_peer, ratios_to_best
+from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
@@ -57,15 +58,16 @@ def show(results: Sequence[Mapping[str, Any]], contenders: Sequence[Mapping[str,
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        is_words = column in ("work", "contender", "powertrain", "best peer", "format")
+        table.add_column(column, justify="left" if is_words else "right", no_wrap=True)
     return table
 
 
 def _against_best(results: Sequence[Mapping[str, Any]]) -> Table:
-    columns = ("work", "contender", "tok/s", "best", "of floor", "best peer", "tok/s", "ratio", "(of rounds)")
-    table = _table("Medians over rounds; the ratio is to the best peer of each round", *columns)
+    columns = ("work", "powertrain", "tok/s", "floor", "best peer", "tok/s", "ratio", "rounds")
+    table = _table("Medians over rounds; floor: share of it reached; ratio: to the best peer of each round", *columns)
     medians = {(row["workload"], row["name"]): row["median_tokens_per_s"] for row in results}
     for row in results:
         if "best_peer" not in row:
@@ -74,9 +76,8 @@ def _against_best(results: Sequence[Mapping[str, Any]]) -> Table:
         fraction = f"{row['fraction_of_floor']:.0%}" if "fraction_of_floor" in row else ""
         table.add_row(
             row["workload"],
-            row["name"],
+            row["name"].removeprefix("powertrain").strip() or "engine",
             f"{row['median_tokens_per_s']:,.0f}",
-            f"{row['best_tokens_per_s']:,.0f}",
             fraction,
             peer,
             f"{medians[row['workload'], peer]:,.0f}",
@@ -89,12 +90,17 @@ def _against_best(results: Sequence[Mapping[str, Any]]) -> Table:
 def _medians(results: Sequence[Mapping[str, Any]]) -> Table:
     works = list(dict.fromkeys(row["workload"] for row in results))
     medians = {(row["name"], row["workload"]): row["median_tokens_per_s"] for row in results}
-    short = [work.replace("decode-", "b=").replace("-", " ") for work in works]
-    table = _table("Median tok/s", "contender", *short)
+    table = _table("Median tok/s (b: decode, p: prefill)", "contender", *map(_short, works))
     for name in dict.fromkeys(row["name"] for row in results):
         cells = (medians.get((name, work)) for work in works)
         table.add_row(name, *("" if cell is None else f"{cell:,.0f}" for cell in cells))
     return table
+
+
+def _short(work: str) -> str:
+    for long, short in (("decode-", "b="), ("prefill-", "p="), ("context-", "ctx "), ("requests-", "req ")):
+        work = work.replace(long, short)
+    return work
 
 
 def _formats(contenders: Sequence[Mapping[str, Any]]) -> Table:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from peers.contender import Worker
 
 TRIAL_STEPS = 6
+WARM_UP_PROMPT = 16
 SPARE = 8
 """Room beyond the timed tokens: where prompts fill several steps, the first sequences are ahead when `step` starts."""
 
@@ -101,21 +102,18 @@ def fastest_settings(worker: Worker, work: Work) -> dict[str, Any]:
     if len(choices) == 1:
         return choices[0]
 
-    def seconds(settings: dict[str, Any]) -> float:
-        shape = {"batch": work.batch, "prompt": work.prompt, "room": TRIAL_STEPS + SPARE, "settings": settings}
-        first = worker.ask("open", **shape)["seconds"]
-        steps = worker.ask("step", count=TRIAL_STEPS)["seconds"]
+    def trial(settings: dict[str, Any], prompt: int) -> float:
+        first = worker.ask("open", batch=work.batch, prompt=prompt, room=2 * TRIAL_STEPS + SPARE, settings=settings)
+        steps = min(float(worker.ask("step", count=TRIAL_STEPS)["seconds"]) for _ in range(2))
         worker.ask("close")
-        if work.kind == "prefill":
-            return float(first)
-        return float(steps if work.kind != "requests" else first + steps * work.output / TRIAL_STEPS)
+        if work.kind in ("decode", "context"):
+            return steps
+        rest = steps * work.output / TRIAL_STEPS if work.kind == "requests" else 0.0
+        return float(first["seconds"]) + rest
 
-    # The first use of anything is slow, so every choice is tried once before the trials that count.
-    repeats = 1 if work.kind == "context" else 2
-    for _ in range(repeats - 1):
-        for settings in choices:
-            seconds(settings)
-    return min(choices, key=lambda settings: min(seconds(settings) for _ in range(repeats)))
+    for settings in choices:  # the first use of anything is slow, and a short prompt shows that as well as a long one
+        trial(settings, WARM_UP_PROMPT)
+    return min(choices, key=lambda settings: trial(settings, work.prompt))
 
 
 def take_turns(turns: Mapping[str, Turn], rounds: int, before_round: Callable[[], None]) -> dict[str, list[float]]:

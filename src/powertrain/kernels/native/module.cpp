@@ -521,25 +521,31 @@ NB_MODULE(_native, module) {
     nb::class_<PyMatrix>(module, "Matrix")
         .def(nb::init<Vector<const uint8_t>, const std::string&, int64_t, int64_t, int64_t, const std::string&, bool, bool,
                       bool>(),
-             nb::arg("stream"), nb::arg("kind"), nb::arg("out_features"), nb::arg("in_features"), nb::kw_only(),
+             nb::arg("stream").noconvert(), nb::arg("kind"), nb::arg("out_features"), nb::arg("in_features"), nb::kw_only(),
              nb::arg("group_blocks") = 0, nb::arg("scale") = "f16", nb::arg("has_minimum") = false,
              nb::arg("is_gate_up") = false, nb::arg("quantizes_activations") = false);
 
     nb::class_<PyCache>(module, "Cache")
-        .def(nb::init<Vector<uint8_t>, const std::string&, int64_t, int64_t, int64_t, int64_t, int64_t>(), nb::arg("data"),
+        .def(nb::init<Vector<uint8_t>, const std::string&, int64_t, int64_t, int64_t, int64_t, int64_t>(),
+             nb::arg("data").noconvert(),
              nb::arg("type"), nb::arg("num_layers"), nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("num_kv_heads"),
              nb::arg("head_dim"))
         .def_static("bytes_per_block", [](const std::string& type, int64_t block_size, int64_t kv_heads, int64_t dim) {
             return kv_heads * PyCache::head_bytes(PyCache::type_of(type), block_size, dim);
         });
 
-    module.def("rms_norm", &rms_norm);
-    module.def("apply_rope", &apply_rope);
-    module.def("silu_mul", &silu_mul);
-    module.def("matmul", &matmul);
-    module.def("gather", &gather);
-    module.def("write_kv", &write_kv);
-    module.def("paged_attention", &paged_attention);
+    // outputs, and what is changed in place, must be the caller's own memory and never a converted copy
+    module.def("rms_norm", &rms_norm, nb::arg("team"), nb::arg("x"), nb::arg("weight"), nb::arg("eps"),
+               nb::arg("out").noconvert());
+    module.def("apply_rope", &apply_rope, nb::arg("team"), nb::arg("x").noconvert(), nb::arg("cos"), nb::arg("sin"));
+    module.def("silu_mul", &silu_mul, nb::arg("team"), nb::arg("gate_up"), nb::arg("out").noconvert());
+    module.def("matmul", &matmul, nb::arg("team"), nb::arg("matrix"), nb::arg("x"), nb::arg("out").noconvert());
+    module.def("gather", &gather, nb::arg("team"), nb::arg("matrix"), nb::arg("ids"), nb::arg("out").noconvert());
+    module.def("write_kv", &write_kv, nb::arg("team"), nb::arg("key_value"), nb::arg("cache"), nb::arg("layer"),
+               nb::arg("query_lens"), nb::arg("context_lens"), nb::arg("block_tables"));
+    module.def("paged_attention", &paged_attention, nb::arg("team"), nb::arg("query"), nb::arg("cache"), nb::arg("layer"),
+               nb::arg("query_lens"), nb::arg("context_lens"), nb::arg("block_tables"), nb::arg("window"),
+               nb::arg("out").noconvert());
 
     nb::class_<PyDecoder>(module, "Decoder")
         .def(nb::init<Kernels&, int64_t, int64_t, int64_t, int64_t, int64_t, float, const PyMatrix&, const PyMatrix&,
@@ -552,7 +558,9 @@ NB_MODULE(_native, module) {
              nb::arg("mlp_norm"), nb::arg("gate_up"), nb::arg("gate_up_bias").none(), nb::arg("down"),
              nb::arg("down_bias").none(), nb::arg("window"), nb::keep_alive<1, 3>(), nb::keep_alive<1, 7>(),
              nb::keep_alive<1, 10>(), nb::keep_alive<1, 12>())
-        .def("forward", &PyDecoder::forward)
-        .def("logits", &PyDecoder::logits)
-        .def("top", &PyDecoder::top);
+        .def("forward", &PyDecoder::forward, nb::arg("ids"), nb::arg("query_lens"), nb::arg("context_lens"),
+             nb::arg("block_tables"), nb::arg("cache"), nb::arg("out").noconvert())
+        .def("logits", &PyDecoder::logits, nb::arg("hidden"), nb::arg("out").noconvert())
+        .def("top", &PyDecoder::top, nb::arg("hidden"), nb::arg("values").noconvert(), nb::arg("ids").noconvert(),
+             nb::arg("is_finite").noconvert());
 }

@@ -5,10 +5,9 @@
 namespace powertrain {
 namespace {
 
-// A waiting thread spins for as long as a wake-up would take, then sleeps: within a step the wait is microseconds,
-// between steps the other core may be somebody else's.
-constexpr int SPINS_IN_STEP = 20000;
-constexpr int SPINS_BETWEEN_STEPS = 4000;
+// A waiting thread spins about as long as a wake-up takes (some 50 microseconds), then sleeps. Longer would pay only
+// where nobody else wants the core, and cost a whole time slice where the one that is waited for has been pushed off it.
+constexpr int SPINS = 2000;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -18,8 +17,8 @@ inline void relax() {
 #endif
 }
 
-void wait_while(std::atomic<uint32_t>& value, uint32_t old, int spins) {
-    for (int i = 0; i < spins; ++i) {
+void wait_while(std::atomic<uint32_t>& value, uint32_t old) {
+    for (int i = 0; i < SPINS; ++i) {
         if (value.load(std::memory_order_acquire) != old) return;
         relax();
     }
@@ -55,7 +54,7 @@ void Team::run(Work work, const void* context) {
 void Team::work(int thread) {
     uint32_t ticket = 0;
     for (;;) {
-        wait_while(ticket_, ticket, SPINS_BETWEEN_STEPS);
+        wait_while(ticket_, ticket);
         ++ticket;  // one job at a time: the count can only be one ahead
         if (stops_) return;
         work_(context_, thread);
@@ -90,7 +89,7 @@ void Team::barrier() {
         phase_.store(phase + 1, std::memory_order_release);
         phase_.notify_all();
     } else {
-        wait_while(phase_, phase, SPINS_IN_STEP);
+        wait_while(phase_, phase);
     }
 }
 

@@ -17,6 +17,9 @@ LEVELS: list[str] = NATIVE.levels() if NATIVE is not None else ["none"]
 """What this processor runs; a placeholder where the module is absent, so that skipped tests still have a name."""
 
 needs_native = pytest.mark.skipif(NATIVE is None, reason=f"no native kernels: {native.unavailable()}")
+ends_a_sanitized_build = pytest.mark.xfail(
+    "sanitize" in str(getattr(NATIVE, "__file__", "")), run=False, reason="codes of NaN and of tiny numbers overflow"
+)
 each_level = pytest.mark.parametrize("level", LEVELS)
 
 UNIT_ROUNDOFF = 2.0**-24
@@ -102,11 +105,17 @@ def expected_product(made: Product, x: Tensor) -> Expected:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes, as float32 [rows, blocks, 32], half-way cases to even, and float32 scales [rows, blocks]."""
+    """x [rows, in] in blocks of 32: codes [rows, blocks, 32] and scales [rows, blocks]."""
     blocks = torch.nn.functional.pad(x, (0, -x.shape[1] % 32)).view(x.shape[0], -1, 32)
-    largest = blocks.abs().amax(-1)
-    inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
-    return (blocks * inverse.unsqueeze(-1)).round(), largest / 127.0
+    codes, scale = to_int8(blocks)
+    return codes, scale.squeeze(-1)
+
+
+def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., n] in 255 steps of its last axis: codes as float32, half-way cases to even, and scales [..., 1]."""
+    largest = x.abs().amax(-1, keepdim=True)
+    most = torch.full_like(largest, 127.0)  # torch divides a plain number by a tensor through the reciprocal
+    return (x * torch.where(largest > 0, most / largest, 0.0)).round(), largest / most
 
 
 def _integer_product(grid: Grid, x: Tensor) -> tuple[Tensor, Tensor]:

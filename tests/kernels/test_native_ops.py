@@ -17,6 +17,7 @@ from native_builders import (
     NATIVE,
     Product,
     each_level,
+    ends_a_sanitized_build,
     expected_product,
     generator,
     matmul,
@@ -213,6 +214,7 @@ def test_half_way_activations_round_to_even(level: str, case: ProductCase) -> No
     check_product(NATIVE.Team(1, level), made, x[:1])
 
 
+@ends_a_sanitized_build
 @each_level
 @each_format
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
@@ -249,6 +251,7 @@ def test_weights_that_are_not_finite_show_in_their_output_alone(level: str, case
     assert torch.equal(out[:, others], clean[:, others])
 
 
+@ends_a_sanitized_build
 @each_level
 @pytest.mark.parametrize("case", QUANTIZING, ids=lambda case: case.label.removesuffix(" 1x256x40"))
 @pytest.mark.parametrize("size", [0.0, 1e-45, 1e-40, 1e-38, 1e-36, 1e36])

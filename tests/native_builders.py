@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from powertrain.kernels import native
+from powertrain.kernels.attention import AttentionStep
 from powertrain.kernels.cases import ProductCase
 from powertrain.model.packed import FLOATS, Grid, PackedLayout, Part, pack, unpack
 
@@ -138,3 +141,21 @@ def _integer_product(grid: Grid, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def relative_error(out: Tensor, expected: Tensor) -> float:
     return float((out.double() - expected.double()).norm() / expected.double().norm())
+
+
+VOCAB = 320
+"""Of the tiny models."""
+
+BLOCK_SIZE = 16
+
+
+def random_ids(count: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, VOCAB, (count,), generator=generator(seed))
+
+
+def step_of(sequences: Sequence[tuple[int, int]], tables: Sequence[Sequence[int]]) -> AttentionStep:
+    """sequences: (tokens in this step, tokens after it) each; tables: their blocks."""
+    width = max(len(table) for table in tables)
+    padded = np.array([[*table, *[table[0]] * (width - len(table))] for table in tables], dtype=np.int64)
+    queries, contexts = ([pair[at] for pair in sequences] for at in (0, 1))
+    return AttentionStep(queries, contexts, padded, BLOCK_SIZE, torch.device("cpu"))

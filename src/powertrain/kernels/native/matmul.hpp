@@ -8,6 +8,7 @@ constexpr int WIDTH = UNIT * PANEL;
 constexpr int ROW_TILE = 64;       // rows that share one unpacking of the weights; their sums stay in the first cache
 constexpr int DEPTH = 64;          // inputs of a panel turned to float at a time: 4 kB
 constexpr int PARTS = PANEL / LANES;
+constexpr int64_t AHEAD = 2048;    // bytes of a stream asked for early: the processor's own guess starts anew at each page
 
 struct Input {
     const float* rows;             // [rows, width], used by float products
@@ -28,12 +29,14 @@ INLINE const uint8_t* group_of(const Matrix& m, const uint8_t* panel, int64_t bl
 template <int ROWS, bool IS_U4, bool HAS_MINIMUM>
 static void int8_panel(const Matrix& m, const uint8_t* panel, Quantized q, int64_t total, int64_t row, float* out) {
     constexpr int OFFSET = IS_U4 ? (HAS_MINIMUM ? 0 : 8) : 128;  // what makes the codes unsigned
+    constexpr int64_t BLOCK_BYTES = PANEL * BLOCK / (IS_U4 ? 2 : 1) + 2 * PANEL * (HAS_MINIMUM ? 2 : 1);
     F sums[ROWS][PARTS] = {};
     for (int64_t block = 0; block < m.blocks;) {
         const uint8_t* header = panel;
         panel += m.header_bytes;
         for (int g = 0; g < m.group_blocks; ++g, ++block, panel += m.block_bytes) {
             const int64_t at = block * total + row;
+            for (int64_t line = 0; line < BLOCK_BYTES; line += 64) __builtin_prefetch(panel + AHEAD + line);
             for (int part = 0; part < PARTS; ++part) {
                 Codes weights;
                 if (IS_U4) weights.load_u4(panel, part);

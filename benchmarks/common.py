@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import signal
 import socket
@@ -59,6 +60,17 @@ def server(model: str, *flags: str, timeout_s: float = 120.0) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def server_processes() -> tuple[int, int]:
+    """Process ids of the one server this script has started: the web process and its engine."""
+    [web] = [child for child in _children(os.getpid()) if b"serve" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    [engine] = _children(web)
+    return web, engine
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, timeout_s: float) -> None:

@@ -14,7 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from native_builders import LEVELS, NATIVE, each_level, generator, needs_native, relative_error, to_int8
+from native_builders import (
+    LEVELS,
+    NATIVE,
+    each_level,
+    ends_a_sanitized_build,
+    generator,
+    needs_native,
+    relative_error,
+    to_int8,
+)
 from powertrain.kernels.attention import AttentionStep
 from powertrain.kernels.attention import paged_attention as torch_attention
 from powertrain.kernels.attention import write_kv as torch_write_kv
@@ -345,6 +354,27 @@ def test_steps_that_do_not_fit_are_refused_and_the_team_goes_on(
     assert step["out"].abs().max() == 0  # the cache holds zeros
 
 
+def test_results_and_caches_are_never_converted_copies(step: dict[str, Any]) -> None:
+    team = team_of(1, "")
+    for wrong in (torch.zeros(4, 32).double(), torch.zeros(32, 4).t()):
+        with pytest.raises(TypeError):
+            NATIVE.paged_attention(team, *{**step, "out": wrong}.values())
+    num_bytes = 4 * NATIVE.Cache.bytes_per_block("float32", 16, 2, 8)
+    for memory in (
+        np.zeros(num_bytes, np.int8),
+        np.zeros(2 * num_bytes, np.uint8)[::2],
+        np.zeros((1, num_bytes), np.uint8),
+    ):
+        with pytest.raises(TypeError):
+            NATIVE.Cache(memory, "float32", 1, 4, 16, 2, 8)
+
+
+def test_a_step_of_no_sequences_is_no_work(step: dict[str, Any]) -> None:
+    empty = torch.zeros(0, 32), step["cache"], 0, lengths([]), lengths([]), np.zeros((0, 2), np.int64)
+    NATIVE.write_kv(team_of(2, ""), *empty)
+    NATIVE.paged_attention(team_of(2, ""), *empty, 0, torch.zeros(0, 32))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -383,3 +413,21 @@ def test_caches_say_what_is_wrong_with_them(change: dict[str, Any], message: str
     NATIVE.Cache(memory, **right)
     with pytest.raises(ValueError, match=message):
         NATIVE.Cache(memory, **{**right, **change})
+
+
+@ends_a_sanitized_build
+@pytest.mark.xfail(strict=True, reason="sizes wrap around")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_blocks": 2**32, "num_layers": 2**32},
+        {"num_blocks": 2**62},
+        {"num_kv_heads": 2**62},
+        {"block_size": 2**62},
+    ],
+    ids=str,
+)
+def test_a_cache_too_large_to_exist_does_not_pass_for_an_empty_one(change: dict[str, int]) -> None:
+    right = {"type": "float32", "num_layers": 1, "num_blocks": 4, "block_size": 16, "num_kv_heads": 2, "head_dim": 8}
+    with pytest.raises(ValueError, match=r"."):
+        NATIVE.Cache(np.zeros(0, dtype=np.uint8), **{**right, **change})

@@ -92,6 +92,16 @@ def test_heads_of_other_shapes_are_refused(right: tuple[NativeDecoder, dict[str,
     for k in (0, VOCAB + 1):
         with pytest.raises(ValueError, match="values and ids must be"):
             native.top(hidden, torch.zeros(2, k), torch.zeros(2, k, dtype=torch.int64), good[2])
+    for at, wrong in (
+        (0, good[0].double()),
+        (1, good[1].int()),
+        (2, good[2].to(torch.uint8)),
+        (0, torch.zeros(3, 2).t()),
+    ):
+        with pytest.raises(TypeError):
+            native.top(hidden, *[wrong if at == index else part for index, part in enumerate(good)])
+    with pytest.raises(TypeError):
+        native.logits(hidden, torch.zeros(2, VOCAB).double())
     native.top(hidden[:0], good[0][:0], good[1][:0], good[2][:0])
     native.logits(hidden[:0], torch.zeros(0, VOCAB))
 

@@ -37,7 +37,7 @@ static void convert(CacheType type, const float* x, int64_t count, uint8_t* to, 
         float magnitude;
         __builtin_memcpy(&magnitude, &largest, 4);
         *scale = magnitude / 127.0f;
-        inverse = magnitude > 0.0f ? 127.0f / magnitude : 0.0f;
+        inverse = magnitude >= 1e-30f ? 127.0f / magnitude : 0.0f;
     }
     for (int64_t i = 0; i < count; i += LANES) {
         float lanes[LANES] = {};
@@ -50,7 +50,7 @@ static void convert(CacheType type, const float* x, int64_t count, uint8_t* to, 
             store_f16(half, load(lanes));
             __builtin_memcpy(to + i * 2, half, rest * 2);
         } else {
-            const I codes = __builtin_convertvector(round(load(lanes) * set1(inverse)), I);
+            const I codes = to_code(load(lanes) * set1(inverse));
             for (int64_t j = 0; j < rest; ++j) ((int8_t*)to)[i + j] = static_cast<int8_t>(codes[j]);
         }
     }

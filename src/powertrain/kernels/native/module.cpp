@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -28,8 +29,19 @@ using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Table = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
+constexpr int64_t MAX_FEATURES = 1 << 24;
+
 void check(bool holds, const std::string& message) {
     if (!holds) throw std::invalid_argument(message);
+}
+
+// The product of sizes, refused where it leaves 64 bits: a wrapped one could equal the length of a small array.
+template <class... Sizes>
+int64_t product_of(Sizes... sizes) {
+    int64_t result = 1;
+    const bool overflows = (__builtin_mul_overflow(result, static_cast<int64_t>(sizes), &result) || ...);
+    check(!overflows, "sizes whose product does not fit 64 bits");
+    return result;
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -111,8 +123,8 @@ struct PyMatrix {
     PyMatrix(Vector<const uint8_t> bytes, const std::string& kind, int64_t out_features, int64_t in_features,
              int64_t group_blocks, const std::string& scale, bool has_minimum, bool is_gate_up, bool quantizes)
         : stream(bytes) {
-        check(out_features > 0 && in_features > 0 && out_features < (1ll << 31) && in_features < (1ll << 31),
-              "a matrix needs at least one output and one input");
+        check(out_features > 0 && in_features > 0 && out_features <= MAX_FEATURES && in_features <= MAX_FEATURES,
+              "a matrix has 1 to 2^24 outputs and inputs");
         m.kind = kind == "u4" ? Kind::u4 : kind == "s8" ? Kind::s8 : kind == "f32" ? Kind::f32 : kind == "f16" ? Kind::f16
                  : kind == "bf16" ? Kind::bf16 : throw std::invalid_argument("unknown kind '" + kind + "'");
         check(scale == "f16" || scale == "f32", "scale must be f16 or f32, got '" + scale + "'");
@@ -217,16 +229,17 @@ struct PyCache {
     PyCache(Vector<uint8_t> bytes, const std::string& type, int64_t layers, int64_t num_blocks, int64_t block_size,
             int64_t kv_heads, int64_t dim)
         : num_layers(layers), num_kv_heads(kv_heads), head_dim(dim), data(bytes) {
-        check(block_size > 0 && block_size % TILE == 0, "block_size must be a multiple of 16");
+        check(block_size > 0 && block_size % TILE == 0 && block_size <= MAX_FEATURES, "block_size must be a multiple of 16");
         check(dim >= 2 && dim % 2 == 0 && dim <= MAX_HEAD_DIM, "head_dim must be even and at most 256");
         c.data = data.data();
         c.type = type_of(type);
         c.num_blocks = num_blocks;
         c.block_size = block_size;
         c.head_bytes = head_bytes(c.type, block_size, dim);
-        c.block_bytes = kv_heads * c.head_bytes;
-        const int64_t expected = layers * num_blocks * c.block_bytes;
-        check(layers > 0 && num_blocks > 0 && kv_heads > 0 && static_cast<int64_t>(data.shape(0)) == expected,
+        check(layers > 0 && num_blocks > 0 && kv_heads > 0, "a cache needs layers, blocks and key heads");
+        c.block_bytes = product_of(kv_heads, c.head_bytes);
+        const int64_t expected = product_of(layers, num_blocks, c.block_bytes);
+        check(static_cast<int64_t>(data.shape(0)) == expected,
               "the cache has " + std::to_string(data.shape(0)) + " bytes, expected " + std::to_string(expected));
     }
 };
@@ -331,10 +344,11 @@ void paged_attention(Kernels& k, Table<const float> query, PyCache& cache, int64
     k.level.attention(k.team, query.data(), at, plan.step, heads, kv_heads, dim, window, out.data(), partials);
 }
 
-// Vectors and matrices of one layer, kept alive with it.
+// Vectors and matrices of one layer, kept alive with it: a copy of a matrix holds the same bytes.
 struct PyLayer {
     using Parts = std::vector<const PyMatrix*>;
     std::vector<Vector<const float>> vectors;
+    std::vector<std::unique_ptr<PyMatrix>> matrices;
     std::vector<std::unique_ptr<std::vector<const Matrix*>>> parts;
     Layer layer{};
 
@@ -344,20 +358,21 @@ struct PyLayer {
         vectors.push_back(*vector);
         return vector->data();
     }
-    Linear linear(const Parts& matrices, const std::optional<Vector<const float>>& bias, int64_t out, int64_t in,
+    Linear linear(const Parts& given, const std::optional<Vector<const float>>& bias, int64_t out, int64_t in,
                   const char* name) {
         auto pointers = std::make_unique<std::vector<const Matrix*>>();
         int64_t outputs = 0;
-        for (const PyMatrix* matrix : matrices) {
+        for (const PyMatrix* matrix : given) {
             check(matrix->m.in_features == in, std::string(name) + " has the wrong number of inputs");
-            check(!matrix->m.is_gate_up || (std::string(name) == "gate_up" && matrices.size() == 1),
+            check(!matrix->m.is_gate_up || (std::string(name) == "gate_up" && given.size() == 1),
                   std::string(name) + " cannot be interleaved");
             outputs += matrix->m.out_features;
-            pointers->push_back(&matrix->m);
+            matrices.push_back(std::make_unique<PyMatrix>(*matrix));
+            pointers->push_back(&matrices.back()->m);
         }
         check(outputs == out, std::string(name) + " has the wrong number of outputs");
         parts.push_back(std::move(pointers));
-        return {parts.back()->data(), static_cast<int64_t>(matrices.size()), hold(bias, out, name)};
+        return {parts.back()->data(), static_cast<int64_t>(given.size()), hold(bias, out, name)};
     }
 };
 
@@ -366,7 +381,7 @@ public:
     PyDecoder(Kernels& kernels, int64_t hidden, int64_t heads, int64_t kv_heads, int64_t dim, int64_t intermediate, float eps,
               const PyMatrix& embedding, const PyMatrix& head, Vector<const float> norm, Table<const float> cos,
               Table<const float> sin)
-        : kernels_(kernels), norm_(norm), cos_(cos), sin_(sin) {
+        : kernels_(kernels), embedding_(embedding), head_(head), norm_(norm), cos_(cos), sin_(sin) {
         check(heads > 0 && kv_heads > 0 && heads % kv_heads == 0 && heads / kv_heads <= MAX_GROUP,
               "heads must be a multiple of key heads, at most 64 to one");
         check(dim >= 2 && dim % 2 == 0 && dim <= MAX_HEAD_DIM, "head_dim must be even and at most 256");
@@ -377,7 +392,7 @@ public:
         check(static_cast<int64_t>(cos.shape(1)) * 2 == dim && sin.shape(1) == cos.shape(1) && sin.shape(0) == cos.shape(0),
               "cos and sin must be [positions, head_dim / 2]");
         model_ = {hidden, heads, kv_heads, dim, intermediate, head.m.out_features, static_cast<int64_t>(cos.shape(0)), eps,
-                  &embedding.m, &head.m, norm.data(), cos.data(), sin.data(), nullptr, 0};
+                  &embedding_.m, &head_.m, norm.data(), cos.data(), sin.data(), nullptr, 0};
     }
 
     PyDecoder(const PyDecoder&) = delete;
@@ -412,6 +427,8 @@ public:
         check(cache.num_layers == model_.num_layers && cache.num_kv_heads == model_.num_kv_heads &&
                   cache.head_dim == model_.head_dim,
               "this cache belongs to another model");
+        nb::gil_scoped_release release;
+        std::lock_guard lock(caller_);
         check_ids(ids.data(), ids.shape(0), model_.vocab, "token");
         plan_.build(query_lens, context_lens, block_tables, cache.c, model_.num_heads, model_.num_kv_heads,
                     kernels_.team.size());
@@ -422,7 +439,6 @@ public:
         for (int64_t context : plan_.context_lens)
             check(context <= model_.max_position, "a sequence is longer than the rotary tables");
         plan_.step.token_ids = ids.data();
-        nb::gil_scoped_release release;
         kernels_.level.forward(kernels_.team, model_, plan_.step, cache.c, workspace(plan_.step.num_rows), out.data());
     }
 
@@ -432,6 +448,7 @@ public:
               "hidden must be [rows, hidden] and out [rows, vocab]");
         if (hidden.shape(0) == 0) return;
         nb::gil_scoped_release release;
+        std::lock_guard lock(caller_);
         kernels_.level.logits(kernels_.team, model_, hidden.data(), hidden.shape(0), workspace(hidden.shape(0)), out.data());
     }
 
@@ -443,6 +460,7 @@ public:
               "values and ids must be [rows, k] and is_finite [rows]");
         if (rows == 0) return;
         nb::gil_scoped_release release;
+        std::lock_guard lock(caller_);
         std::vector<float> best(threads * rows * k);
         std::vector<int64_t> best_ids(threads * rows * k);
         const auto finite = std::make_unique<bool[]>(threads * rows);
@@ -492,11 +510,13 @@ private:
     }
 
     Kernels& kernels_;
+    const PyMatrix embedding_, head_;
     Vector<const float> norm_;
     Table<const float> cos_, sin_;
     Model model_{};
     std::vector<std::unique_ptr<PyLayer>> held_;
     std::vector<Layer> layers_;
+    std::mutex caller_;  // plan and arena serve one call at a time; taken without Python's lock, so that neither waits for both
     StepPlan plan_;
     Arena arena_;
 };
@@ -531,7 +551,8 @@ NB_MODULE(_native, module) {
              nb::arg("type"), nb::arg("num_layers"), nb::arg("num_blocks"), nb::arg("block_size"), nb::arg("num_kv_heads"),
              nb::arg("head_dim"))
         .def_static("bytes_per_block", [](const std::string& type, int64_t block_size, int64_t kv_heads, int64_t dim) {
-            return kv_heads * PyCache::head_bytes(PyCache::type_of(type), block_size, dim);
+            check(block_size > 0 && block_size <= MAX_FEATURES && dim > 0 && dim <= MAX_HEAD_DIM, "impossible sizes of a block");
+            return product_of(kv_heads, PyCache::head_bytes(PyCache::type_of(type), block_size, dim));
         });
 
     // outputs, and what is changed in place, must be the caller's own memory and never a converted copy
@@ -552,12 +573,11 @@ NB_MODULE(_native, module) {
                       Vector<const float>, Table<const float>, Table<const float>>(),
              nb::arg("team"), nb::arg("hidden_size"), nb::arg("num_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"),
              nb::arg("intermediate_size"), nb::arg("eps"), nb::arg("embedding"), nb::arg("head"), nb::arg("norm"),
-             nb::arg("cos"), nb::arg("sin"), nb::keep_alive<1, 2>(), nb::keep_alive<1, 9>(), nb::keep_alive<1, 10>())
+             nb::arg("cos"), nb::arg("sin"), nb::keep_alive<1, 2>())
         .def("add_layer", &PyDecoder::add_layer, nb::arg("attention_norm"), nb::arg("qkv"), nb::arg("qkv_bias").none(),
              nb::arg("query_norm").none(), nb::arg("key_norm").none(), nb::arg("output"), nb::arg("output_bias").none(),
              nb::arg("mlp_norm"), nb::arg("gate_up"), nb::arg("gate_up_bias").none(), nb::arg("down"),
-             nb::arg("down_bias").none(), nb::arg("window"), nb::keep_alive<1, 3>(), nb::keep_alive<1, 7>(),
-             nb::keep_alive<1, 10>(), nb::keep_alive<1, 12>())
+             nb::arg("down_bias").none(), nb::arg("window"))
         .def("forward", &PyDecoder::forward, nb::arg("ids"), nb::arg("query_lens"), nb::arg("context_lens"),
              nb::arg("block_tables"), nb::arg("cache"), nb::arg("out").noconvert())
         .def("logits", &PyDecoder::logits, nb::arg("hidden"), nb::arg("out").noconvert())

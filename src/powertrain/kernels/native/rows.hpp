@@ -41,6 +41,14 @@ static void rms_norm_row(const float* x, const float* weight, float eps, int64_t
     for (; i < width; ++i) out[i] = x[i] * inverse * weight[i];
 }
 
+// Rounds to an integer of 8 bits; NaN and infinity become 0, which leaves it to the scale to say so.
+INLINE I to_code(F x) {
+    F v = round(x);
+    v = v > set1(-128.0f) ? v : F{};
+    v = v < set1(128.0f) ? v : F{};
+    return __builtin_convertvector(v, I);
+}
+
 // One block of 32 activations to int8, scale = max |x| / 127. Infinities and NaN give a scale that is not finite.
 static inline void quantize_block(const float* x, int64_t valid, const Quantized& q, int64_t at) {
     float padded[BLOCK];
@@ -52,11 +60,12 @@ static inline void quantize_block(const float* x, int64_t valid, const Quantized
     I magnitude{};
     for (int i = 0; i < BLOCK; i += LANES) magnitude = max(magnitude, (I)load(x + i) & 0x7fffffff);
     const float largest = reduce_max_magnitude(magnitude);
-    const float scale = largest / 127.0f, inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+    // below 1e-30 the inverse would overflow, and what rounds to zero there changes no result
+    const float scale = largest / 127.0f, inverse = largest >= 1e-30f ? 127.0f / largest : 0.0f;
     int8_t* codes = q.codes + at * BLOCK;
     I sum{};
     for (int i = 0; i < BLOCK; i += LANES) {
-        const I code = __builtin_convertvector(round(load(x + i) * set1(inverse)), I);
+        const I code = to_code(load(x + i) * set1(inverse));
         sum += code;
         int8_t narrow __attribute__((vector_size(LANES)));
         narrow = __builtin_convertvector(code, decltype(narrow));

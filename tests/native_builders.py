@@ -20,9 +20,6 @@ LEVELS: list[str] = NATIVE.levels() if NATIVE is not None else ["none"]
 """What this processor runs; a placeholder where the module is absent, so that skipped tests still have a name."""
 
 needs_native = pytest.mark.skipif(NATIVE is None, reason=f"no native kernels: {native.unavailable()}")
-ends_a_sanitized_build = pytest.mark.xfail(
-    "sanitize" in str(getattr(NATIVE, "__file__", "")), run=False, reason="integers overflow on the way"
-)
 each_level = pytest.mark.parametrize("level", LEVELS)
 
 UNIT_ROUNDOFF = 2.0**-24

@@ -18,7 +18,6 @@ from native_builders import (
     LEVELS,
     NATIVE,
     each_level,
-    ends_a_sanitized_build,
     generator,
     needs_native,
     relative_error,
@@ -402,8 +401,8 @@ def test_writes_that_do_not_fit_are_refused(step: dict[str, Any], change: dict[s
         ({"head_dim": 258}, "head_dim must be even and at most 256"),
         ({"num_blocks": 3}, "the cache has .* bytes, expected"),
         ({"num_layers": 2}, "the cache has .* bytes, expected"),
-        ({"num_kv_heads": 0}, "the cache has"),
-        ({"num_blocks": -4, "num_layers": -1}, "the cache has"),
+        ({"num_kv_heads": 0}, "a cache needs layers, blocks and key heads"),
+        ({"num_blocks": -4, "num_layers": -1}, "a cache needs layers, blocks and key heads"),
         ({"type": "float16"}, "the cache has"),
     ],
 )
@@ -425,8 +424,6 @@ def test_caches_say_what_is_wrong_with_them(change: dict[str, Any], message: str
     ],
     ids=str,
 )
-@pytest.mark.xfail(strict=True, reason="sizes wrap around")
-@ends_a_sanitized_build
 def test_a_cache_too_large_to_exist_does_not_pass_for_an_empty_one(change: dict[str, int]) -> None:
     right = {"type": "float32", "num_layers": 1, "num_blocks": 4, "block_size": 16, "num_kv_heads": 2, "head_dim": 8}
     with pytest.raises(ValueError, match=r"."):

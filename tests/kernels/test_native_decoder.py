@@ -21,7 +21,6 @@ from native_builders import (
     NATIVE,
     VOCAB,
     each_level,
-    ends_a_sanitized_build,
     generator,
     needs_native,
     random_ids,
@@ -40,9 +39,7 @@ KV_TYPES: tuple[KVCacheDType, ...] = ("float32", "float16", "int8")
 MODELS = [*((family, "") for family in FAMILIES), ("llama", "Q8_0"), ("qwen2", "Q4_1"), ("qwen3", "F16")]
 each_model = pytest.mark.parametrize("name", MODELS, ids=lambda name: " ".join(name).strip())
 
-float_and_integer = pytest.mark.parametrize(
-    "name", [("qwen2", "F16"), pytest.param(("llama", "Q8_0"), marks=ends_a_sanitized_build)], ids=["float", "integer"]
-)
+float_and_integer = pytest.mark.parametrize("name", [("qwen2", "F16"), ("llama", "Q8_0")], ids=["float", "integer"])
 
 Models = Callable[..., NativeDecoder]
 

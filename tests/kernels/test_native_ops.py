@@ -17,7 +17,6 @@ from native_builders import (
     NATIVE,
     Product,
     each_level,
-    ends_a_sanitized_build,
     expected_product,
     generator,
     matmul,
@@ -214,7 +213,6 @@ def test_half_way_activations_round_to_even(level: str, case: ProductCase) -> No
     check_product(NATIVE.Team(1, level), made, x[:1])
 
 
-@ends_a_sanitized_build
 @each_level
 @each_format
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
@@ -251,7 +249,6 @@ def test_weights_that_are_not_finite_show_in_their_output_alone(level: str, case
     assert torch.equal(out[:, others], clean[:, others])
 
 
-@ends_a_sanitized_build
 @each_level
 @pytest.mark.parametrize("case", QUANTIZING, ids=lambda case: case.label.removesuffix(" 1x256x40"))
 @pytest.mark.parametrize("size", [0.0, 1e-45, 1e-40, 1e-38, 1e-36, 1e36])
@@ -279,9 +276,9 @@ def test_a_matrix_says_what_is_wrong_with_it() -> None:
     NATIVE.Matrix(stream, **right)
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"kind": "u5"}, "unknown kind 'u5'"),
-        ({"out_features": 0}, "at least one output"),
-        ({"in_features": -1}, "at least one output"),
-        ({"in_features": 2**31}, "at least one output"),
+        ({"out_features": 0}, r"1 to 2\^24 outputs and inputs"),
+        ({"in_features": -1}, r"1 to 2\^24 outputs and inputs"),
+        ({"in_features": 2**31}, r"1 to 2\^24 outputs and inputs"),
         ({"group_blocks": 0}, "group_blocks"),
         ({"group_blocks": 3}, "group_blocks"),
         ({"group_blocks": -8}, "group_blocks"),
@@ -302,12 +299,11 @@ def test_a_matrix_says_what_is_wrong_with_it() -> None:
             NATIVE.Matrix(stream[:size], **right)
 
 
-@ends_a_sanitized_build
 def test_a_matrix_too_large_to_exist_is_refused() -> None:
     stream = torch.zeros(64, dtype=torch.uint8)
     for kind, options in (("f32", {}), ("s8", {"group_blocks": 1, "scale": "f32", "has_minimum": True})):
         for out_features, in_features in ((2**31 - 1, 2**31 - 1), (2**31 - 1, 2**30), (2**62, 4), (4, 2**62)):
-            with pytest.raises(ValueError, match=r"stream has 64 bytes|at most|at least one output"):
+            with pytest.raises(ValueError, match=r"stream has 64 bytes|1 to 2\^24 outputs"):
                 NATIVE.Matrix(stream, kind, out_features, in_features, **options)
 
 

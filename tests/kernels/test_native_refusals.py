@@ -216,7 +216,6 @@ def test_a_decoder_keeps_what_it_was_made_of() -> None:
     assert len(others) == 250
 
 
-@pytest.mark.xfail(run=False, reason="the list is kept, not the matrices: a use after free")
 def test_a_list_of_matrices_may_change_afterwards() -> None:
     decoder, matrices = build(), [dense(8, 8), dense(8, 8)]
     add_layer(decoder, qkv=matrices)
@@ -227,7 +226,6 @@ def test_a_list_of_matrices_may_change_afterwards() -> None:
     assert len(others) == 150
 
 
-@pytest.mark.xfail(run=False, reason="calls share the decoder's memory: it ends the process")
 def test_python_threads_may_share_a_decoder(native_model: Models) -> None:
     """Each with a cache of its own; the decoder serves them in turn."""
     model = native_model(("llama", ""))

@@ -44,7 +44,7 @@ sanitize: $(CMAKE)
 	POWERTRAIN_NATIVE="$$(echo $(CURDIR)/build/sanitize/_native*.so)" \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
-	$(BIN)/python -m pytest tests/*/test_native_*.py --ignore tests/kernels/test_native_build.py
+	$(BIN)/python -m pytest --capture=sys tests/*/test_native_*.py --ignore tests/kernels/test_native_build.py
 
 # Of the test extra; and no prerequisite, which would build by pip first what these two build.
 $(CMAKE):

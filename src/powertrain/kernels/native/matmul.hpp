@@ -88,6 +88,7 @@ INLINE void int8_block(const Tile<IS_U4>* tiles, const F* scales, const F* minim
 template <int COUNT, bool IS_U4, bool HAS_MINIMUM>
 static void int8_tile(const Matrix& m, const uint8_t* panels, Quantized q, int64_t total, int64_t row, int64_t rows,
                       float* out) {
+    constexpr int64_t BLOCK_BYTES = PANEL * BLOCK / (IS_U4 ? 2 : 1) + 2 * PANEL * (HAS_MINIMUM ? 2 : 1);
     constexpr int VECTORS = COUNT * PARTS, ROWS = Tile<IS_U4>::ROWS;
     constexpr int STEP = VECTORS < Tile<IS_U4>::VECTORS ? VECTORS : Tile<IS_U4>::VECTORS;
     Tile<IS_U4> tiles[VECTORS];
@@ -97,6 +98,8 @@ static void int8_tile(const Matrix& m, const uint8_t* panels, Quantized q, int64
     for (int64_t block = 0; block < m.blocks; ++block) {
         for (int v = 0; v < VECTORS; ++v) {
             const uint8_t* header = group_of(m, panels + v / PARTS * m.panel_bytes, block);
+            if (v % PARTS == 0)
+                for (int64_t line = 0; line < BLOCK_BYTES; line += 64) __builtin_prefetch(header + AHEAD / 2 + line);
             tiles[v].load(header + m.header_bytes + block % m.group_blocks * m.block_bytes, v % PARTS);
             scales[v] = load_scale(header, m.half_scale, v % PARTS * LANES);
             if (HAS_MINIMUM) minima[v] = load_scale(header, m.half_scale, PANEL + v % PARTS * LANES);

@@ -155,14 +155,17 @@ private:
         bool separate = false;
         for (const Layer& layer : layers_) separate |= !layer.gate_up.parts[0]->is_gate_up;
         Workspace w{};
+        // 64 floats and 64 codes more than a row: no two threads write to one cache line
+        w.row_width = ceil_div(std::max(m.hidden, heads), BLOCK) * BLOCK + 64;
+        const int64_t copies = rows == 1 ? kernels_.team.size() : rows;
         arena_.layout([&] {
             w.x = arena_.take<float>(rows * m.hidden);
-            w.normed = arena_.take<float>(rows * m.hidden);
+            w.normed = arena_.take<float>(copies * w.row_width);
             w.qkv = arena_.take<float>(rows * (heads + 2 * kv));
             w.attended = arena_.take<float>(rows * heads);
             w.gate_up = arena_.take<float>(separate ? rows * 2 * m.intermediate : 0);
             w.inner = arena_.take<float>(rows * m.intermediate);
-            w.quantized = take_quantized(arena_, std::max(m.hidden, heads), rows);
+            w.quantized = take_quantized(arena_, w.row_width, copies);
             w.inner_quantized = take_quantized(arena_, m.intermediate, rows);
             w.partials = arena_.take<float>(plan_.num_partials * (m.num_heads / m.num_kv_heads) *
                                             (ceil_div(m.head_dim, PANEL) * PANEL + 2));

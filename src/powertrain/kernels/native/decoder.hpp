@@ -1,8 +1,27 @@
 // One step of the whole decoder: every thread runs `forward_step`, sharing each loop and meeting after it.
 
+// body(row) for every row. A single row is done by each thread for itself, in memory of its own: cheaper than meeting.
+template <class Body>
+INLINE void each_row(Team& team, int64_t rows, const Body& body) {
+    if (rows == 1) body(0);
+    else for_each(team, rows, 1, body);
+}
+
+// The view of a workspace that one thread has: its own place for what `each_row` makes of a single row.
+INLINE Workspace view_of(const Workspace& w, int64_t rows, int thread) {
+    if (rows > 1) return w;
+    Workspace own = w;
+    own.normed += thread * w.row_width;
+    own.quantized.codes += thread * w.row_width;
+    own.quantized.scale += thread * w.row_width;
+    own.quantized.sum += thread * w.row_width;
+    own.quantized.code_sum += thread * w.row_width;
+    return own;
+}
+
 INLINE void norm_rows(Team& team, const float* x, const float* weight, float eps, int64_t rows, int64_t width,
                       const Workspace& w, bool quantizes) {
-    for_each(team, rows, 1, [&](int64_t row) {
+    each_row(team, rows, [&](int64_t row) {
         float* out = w.normed + row * width;
         rms_norm_row(x + row * width, weight, eps, width, out);
         if (quantizes) quantize_row(out, width, w.quantized, row, rows);
@@ -113,7 +132,7 @@ INLINE void layer_step(Team& team, const Model& model, const Layer& layer, const
     attend(team, {w.qkv, qkv_width, model.num_heads, model.num_kv_heads, model.head_dim, layer.window, cache, step,
                   w.attended, w.partials});
     if (any_quantizes(layer.output))
-        for_each(team, rows, 1, [&](int64_t row) {
+        each_row(team, rows, [&](int64_t row) {
             quantize_row(w.attended + row * heads_width, heads_width, w.quantized, row, rows);
         });
     linear_rows<true>(team, layer.output, {w.attended, heads_width, &w.quantized, rows}, w.x, hidden);
@@ -122,9 +141,10 @@ INLINE void layer_step(Team& team, const Model& model, const Layer& layer, const
     linear_rows<true>(team, layer.down, {w.inner, model.intermediate, &w.inner_quantized, rows}, w.x, hidden);
 }
 
-static void forward_step(Team& team, const Model& model, const Step& step, const Cache& cache, const Workspace& w,
+static void forward_step(Team& team, const Model& model, const Step& step, const Cache& cache, const Workspace& shared,
                          float* hidden) {
-    everywhere(team, [&](int) {
+    everywhere(team, [&](int thread) {
+        const Workspace w = view_of(shared, step.num_rows, thread);
         for_each(team, step.num_rows, 1,
                  [&](int64_t row) { gather_row(*model.embedding, step.token_ids[row], w.x + row * model.hidden); });
         Cache layer_cache = cache;
@@ -138,9 +158,10 @@ static void forward_step(Team& team, const Model& model, const Step& step, const
     });
 }
 
-static void logits_of(Team& team, const Model& model, const float* hidden, int64_t rows, const Workspace& w, float* out) {
+static void logits_of(Team& team, const Model& model, const float* hidden, int64_t rows, const Workspace& shared, float* out) {
     const Matrix* head = model.head;
-    everywhere(team, [&](int) {
+    everywhere(team, [&](int thread) {
+        const Workspace w = view_of(shared, rows, thread);
         norm_rows(team, hidden, model.norm, model.eps, rows, model.hidden, w, head->quantizes);
         linear_rows<false>(team, {&head, 1, nullptr}, {w.normed, model.hidden, &w.quantized, rows}, out, model.vocab);
     });
@@ -156,10 +177,11 @@ INLINE void keep_best(float value, int64_t id, int64_t k, float* values, int64_t
     ids[at] = id;
 }
 
-static void top_of(Team& team, const Model& model, const float* hidden, int64_t rows, const Workspace& w, int64_t k,
+static void top_of(Team& team, const Model& model, const float* hidden, int64_t rows, const Workspace& shared, int64_t k,
                    float* values, int64_t* ids, bool* is_finite) {
     const Matrix& head = *model.head;
     everywhere(team, [&](int thread) {
+        const Workspace w = view_of(shared, rows, thread);
         float* own_values = values + thread * rows * k;
         int64_t* own_ids = ids + thread * rows * k;
         bool* own_finite = is_finite + thread * rows;

@@ -99,6 +99,7 @@ struct Quantized {
 struct Workspace {
     float *x, *normed, *qkv, *attended, *gate_up, *inner;
     Quantized quantized, inner_quantized;
+    int64_t row_width;                 // of a single row, `normed` and `quantized` hold one per thread, this far apart
     float* partials;                   // [split items][rows of a group][head_dim + 2]
 };
 

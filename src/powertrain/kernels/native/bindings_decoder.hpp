@@ -155,8 +155,8 @@ private:
         bool separate = false;
         for (const Layer& layer : layers_) separate |= !layer.gate_up.parts[0]->is_gate_up;
         Workspace w{};
-        // 64 floats and 64 codes more than a row: no two threads write to one cache line
-        w.row_width = ceil_div(std::max(m.hidden, heads), BLOCK) * BLOCK + 64;
+        // a multiple of 64 blocks: what two threads write never shares a cache line
+        w.row_width = ceil_div(std::max(m.hidden, heads), 64 * BLOCK) * 64 * BLOCK;
         const int64_t copies = rows == 1 ? kernels_.team.size() : rows;
         arena_.layout([&] {
             w.x = arena_.take<float>(rows * m.hidden);

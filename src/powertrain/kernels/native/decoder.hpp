@@ -13,9 +13,9 @@ INLINE Workspace view_of(const Workspace& w, int64_t rows, int thread) {
     Workspace own = w;
     own.normed += thread * w.row_width;
     own.quantized.codes += thread * w.row_width;
-    own.quantized.scale += thread * w.row_width;
-    own.quantized.sum += thread * w.row_width;
-    own.quantized.code_sum += thread * w.row_width;
+    own.quantized.scale += thread * (w.row_width / BLOCK);
+    own.quantized.sum += thread * (w.row_width / BLOCK);
+    own.quantized.code_sum += thread * (w.row_width / BLOCK);
     return own;
 }
 

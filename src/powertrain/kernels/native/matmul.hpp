@@ -98,8 +98,12 @@ static void int8_tile(const Matrix& m, const uint8_t* panels, Quantized q, int64
     for (int64_t block = 0; block < m.blocks; ++block) {
         for (int v = 0; v < VECTORS; ++v) {
             const uint8_t* header = group_of(m, panels + v / PARTS * m.panel_bytes, block);
-            if (v % PARTS == 0)
-                for (int64_t line = 0; line < BLOCK_BYTES; line += 64) __builtin_prefetch(header + AHEAD / 2 + line);
+            if (v % PARTS == 0) {
+                const uint8_t* ahead = header + AHEAD / 2;
+                // past its end a panel is followed by those beside it; what comes next here are the next COUNT
+                if (ahead >= panels + (v / PARTS + 1) * m.panel_bytes) ahead += (COUNT - 1) * m.panel_bytes;
+                for (int64_t line = 0; line < BLOCK_BYTES; line += 64) __builtin_prefetch(ahead + line);
+            }
             tiles[v].load(header + m.header_bytes + block % m.group_blocks * m.block_bytes, v % PARTS);
             scales[v] = load_scale(header, m.half_scale, v % PARTS * LANES);
             if (HAS_MINIMUM) minima[v] = load_scale(header, m.half_scale, PANEL + v % PARTS * LANES);

@@ -80,11 +80,16 @@ def _arguments() -> argparse.Namespace:
 def _contenders(given: argparse.Namespace, source: Path) -> list[Contender]:
     """Ours, and every peer whose environment is given, its models prepared."""
     threads = str(given.threads)
-    ours = (sys.executable, str(HERE / "powertrain_worker.py"), str(source), threads, "{}")
-    made = [Contender(name=OURS, format="Q4_1", command=ours, is_ours=True)]
+
+    def ours(name: str, format_name: str, file: Path) -> Contender:
+        command = (sys.executable, str(HERE / "powertrain_worker.py"), str(file), threads, "{}")
+        return Contender(name=name, format=format_name, command=command, is_ours=True)
+
+    made = [ours(OURS, "Q4_1", source)]
     if given.llama_python:
         files = {"Q4_1": source}
         files |= {name: llamacpp_file(source, given.prepared, name, given.llama_python) for name in LLAMACPP_FORMATS}
+        made.append(ours(f"{OURS} Q4_0", "Q4_0", files["Q4_0"]))  # llama.cpp's fastest format, from its own file
         for name, file in files.items():
             command = (str(given.llama_python), str(HERE / "llamacpp_worker.py"), str(file), threads)
             checkpoint = open_checkpoint(file)

@@ -12,6 +12,9 @@ from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
+LIKE_FIDELITY = 1.5
+"""A peer counts as equally faithful up to this many times our KL; those that lose most are a hundred times off."""
+
 Fidelity = Mapping[str, Mapping[str, Any]]
 """Rows of the fidelity record by contender."""
 
@@ -48,8 +51,20 @@ def work_rows(
             ratios = ratios_to_best(rates, name, peers)
             row |= {"best_peer": best_peer(rates, peers), "ratios_to_best_peer": ratios}
             row["ratio_to_best_peer"] = statistics.median(ratios)
+            if alike := _of_like_fidelity(worker.contender.name, peers, workers, fidelity):
+                row["best_peer_of_like_fidelity"] = best_peer(rates, alike)
+                row["ratio_to_best_of_like_fidelity"] = statistics.median(ratios_to_best(rates, name, alike))
         rows.append(row)
     return rows
+
+
+def _of_like_fidelity(name: str, peers: Sequence[str], workers: Mapping[str, Worker], fidelity: Fidelity) -> list[str]:
+    """The peers whose KL is at most `LIKE_FIDELITY` times that of `name`; none where KL is not known."""
+    if name not in fidelity:
+        return []
+    limit = LIKE_FIDELITY * fidelity[name]["kl_mean"]
+    known = {peer: fidelity.get(workers[peer].contender.name) for peer in peers}
+    return [peer for peer, found in known.items() if found and found["kl_mean"] <= limit]
 
 
 def show(results: Sequence[Mapping[str, Any]], contenders: Sequence[Mapping[str, Any]]) -> None:

@@ -220,6 +220,8 @@ def _batch_row(
     # A model so small that noise exceeds its steps could come out negative; no clock resolves less than this.
     step_s = max(whole - first, 1e-9) / workload.output
     context = workload.prompt + (workload.output + 1) / 2
+    if engine.model.multiplies_integers:
+        ceilings = roofline.reading_alone(ceilings)
     floor = roofline.decode_floor(engine.model, ceilings, batch, context)
     return {
         "batch": batch,

@@ -45,6 +45,8 @@ class Decoder:
     """
 
     kernels: Literal["native", "reference"] = "reference"
+    multiplies_integers = False
+    """Whether products run on rounded activations, in integers: faster than a peak in floats says."""
 
     def __init__(
         self,

@@ -68,6 +68,8 @@ class NativeDecoder(Decoder):
         super().__init__(config, table, blocks, norm, head, rope)
         self.packed_embedding = embedding
         self.kv_cache_dtype = "float16"
+        packed = [fmt for linear in self.linears() for fmt in linear.formats if isinstance(fmt, PackedMatrix)]
+        self.multiplies_integers = any(matrix.layout.quantizes_activations for matrix in packed)
         self._module, self._team = backend
         self._native = self._build()
 

@@ -26,7 +26,7 @@ INLINE const uint8_t* group_of(const Matrix& m, const uint8_t* panel, int64_t bl
 }
 
 // One or two rows by one panel: the weights pass through registers once, the sums stay there. `out` has WIDTH columns.
-template <int ROWS, bool IS_U4, bool HAS_MINIMUM>
+template <int ROWS, bool IS_U4, bool HAS_MINIMUM, bool IS_HALF>
 static void int8_panel(const Matrix& m, const uint8_t* panel, Quantized q, int64_t total, int64_t row, float* out) {
     constexpr int OFFSET = IS_U4 ? (HAS_MINIMUM ? 0 : 8) : 128;  // what makes the codes unsigned
     constexpr int64_t BLOCK_BYTES = PANEL * BLOCK / (IS_U4 ? 2 : 1) + 2 * PANEL * (HAS_MINIMUM ? 2 : 1);
@@ -41,8 +41,8 @@ static void int8_panel(const Matrix& m, const uint8_t* panel, Quantized q, int64
                 Codes weights;
                 if (IS_U4) weights.load_u4(panel, part);
                 else weights.load_s8(panel, part);
-                const F scale = load_scale(header, m.half_scale, part * LANES);
-                const F minimum = HAS_MINIMUM ? load_scale(header, m.half_scale, PANEL + part * LANES) : F{};
+                const F scale = load_scale(header, IS_HALF, part * LANES);
+                const F minimum = HAS_MINIMUM ? load_scale(header, IS_HALF, PANEL + part * LANES) : F{};
                 for (int r = 0; r < ROWS; ++r) {
                     const int8_t* codes = q.codes + (at + r) * BLOCK;
                     I dot = IS_U4 ? weights.dot_u4(codes) : weights.dot_s8(codes);
@@ -121,17 +121,24 @@ static void int8_tile(const Matrix& m, const uint8_t* panels, Quantized q, int64
     }
 }
 
-template <bool IS_U4, bool HAS_MINIMUM>
+template <bool IS_U4, bool HAS_MINIMUM, bool IS_HALF>
 static void int8_unit(const Matrix& m, int64_t first, int64_t panels, const Input& in, int64_t row, int64_t rows,
                       float* out) {
     const Quantized& q = *in.quantized;
     const uint8_t* at = m.stream + first * m.panel_bytes;
     if (rows > 2 && panels == UNIT) return int8_tile<UNIT, IS_U4, HAS_MINIMUM>(m, at, q, in.num_rows, row, rows, out);
     for (int64_t p = 0; p < panels; ++p, at += m.panel_bytes, out += PANEL) {
-        if (rows == 1) int8_panel<1, IS_U4, HAS_MINIMUM>(m, at, q, in.num_rows, row, out);
-        else if (rows == 2) int8_panel<2, IS_U4, HAS_MINIMUM>(m, at, q, in.num_rows, row, out);
+        if (rows == 1) int8_panel<1, IS_U4, HAS_MINIMUM, IS_HALF>(m, at, q, in.num_rows, row, out);
+        else if (rows == 2) int8_panel<2, IS_U4, HAS_MINIMUM, IS_HALF>(m, at, q, in.num_rows, row, out);
         else int8_tile<1, IS_U4, HAS_MINIMUM>(m, at, q, in.num_rows, row, rows, out);
     }
+}
+
+template <bool IS_U4, bool HAS_MINIMUM>
+static void int8_unit(const Matrix& m, int64_t first, int64_t panels, const Input& in, int64_t row, int64_t rows,
+                      float* out) {
+    if (m.half_scale) int8_unit<IS_U4, HAS_MINIMUM, true>(m, first, panels, in, row, rows, out);
+    else int8_unit<IS_U4, HAS_MINIMUM, false>(m, first, panels, in, row, rows, out);
 }
 
 // One block of 32 inputs of a quantized panel as float [32][16].

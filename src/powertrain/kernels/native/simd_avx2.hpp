@@ -40,12 +40,16 @@ struct Codes {
     }
     I dot_u4(const int8_t* a) const {
         __m256i sum = _mm256_maddubs_epi16(w[0], four(a));
-        for (int j = 1; j < 8; ++j) sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w[j], four(a + 4 * j)));
+        for (int j = 1; j < 8; ++j) {
+            asm("" : "+x"(sum));  // or the compiler makes a tree of the chain and runs out of registers
+            sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w[j], four(a + 4 * j)));
+        }
         return (I)_mm256_madd_epi16(sum, _mm256_set1_epi16(1));
     }
     I dot_s8(const int8_t* a) const {
         __m256i low = _mm256_maddubs_epi16(w[0], four(a)), up = _mm256_maddubs_epi16(high[0], four(a));
         for (int j = 1; j < 8; ++j) {
+            asm("" : "+x"(low), "+x"(up));
             const __m256i x = four(a + 4 * j);
             low = _mm256_add_epi16(low, _mm256_maddubs_epi16(w[j], x));
             up = _mm256_add_epi16(up, _mm256_maddubs_epi16(high[j], x));
@@ -77,7 +81,7 @@ struct Tile {
         void add(const Tile& tile, int j, __m256i a) {
             const __m256i first = _mm256_maddubs_epi16(tile.low[j], a);
             low = j == 0 ? first : _mm256_add_epi16(low, first);
-            asm("" : "+x"(low));  // or the compiler makes a tree of the chain and runs out of registers
+            asm("" : "+x"(low));  // as above
             if (IS_U4) return;
             const __m256i second = _mm256_maddubs_epi16(tile.high[IS_U4 ? 0 : j], a);
             high = j == 0 ? second : _mm256_add_epi16(high, second);

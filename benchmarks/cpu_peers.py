@@ -122,16 +122,18 @@ def _speed(given: argparse.Namespace, workers: Sequence[Worker]) -> None:
     fidelity = _fidelity_rows(given.fidelity_json)
     results: list[dict[str, Any]] = []
     conditions = []
+    about = [_about(worker, fidelity) for worker in workers]
+    config = {"threads": given.threads, "rounds": rounds, "quick": given.quick}
     for work in (quick(known[name]) if given.quick else known[name] for name in names):
         rows, condition = _measure(given, work, workers, rounds, fidelity)
         results += rows
         conditions.append(condition)
-    about = [_about(worker, fidelity) for worker in workers]
-    config = {"threads": given.threads, "rounds": rounds, "quick": given.quick}
-    content = {"config": config, "idle_cpu_share": _idle_shares(workers), "contenders": about}
-    made = record.new_record("cpu_peers", git=given.git, model=given.model, **content, conditions=conditions)
+        # after every work: what an hour has found must not depend on its last minute
+        content = {"config": config, "idle_cpu_share": _idle_shares(workers), "contenders": about}
+        made = record.new_record("cpu_peers", git=given.git, model=given.model, **content, conditions=conditions)
+        record.write_record(given.json, {**made, "results": results})
     show(results, about)
-    write(given.json, {**made, "results": results})
+    print(f"wrote {given.json}")
 
 
 def _measure(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from powertrain.kernels import native
 from powertrain.kernels.attention import AttentionStep
 from powertrain.kernels.cases import ProductCase
-from powertrain.model.packed import FLOATS, Grid, PackedLayout, Part, pack, unpack
+from powertrain.model.packed import FLOATS, Grid, PackedLayout, Part, native_matrix, pack, unpack
 
 NATIVE: Any = native.load()
 LEVELS: list[str] = NATIVE.levels() if NATIVE is not None else ["none"]
@@ -61,21 +62,17 @@ def product(case: ProductCase, seed: int = 0) -> Product:
     halves = 2 if case.is_gate_up else 1
     grids = [random_part(case, case.out_features // halves, seed + n) for n in range(halves)]
     stream, layout = pack(grids, case.is_gate_up)
-    return Product(native_matrix(stream, layout), stream, layout, grids)
+    return Product(native_matrix(stream, layout, NATIVE), stream, layout, grids)
 
 
-def native_matrix(stream: Tensor, layout: PackedLayout) -> Any:
-    return NATIVE.Matrix(
-        stream,
-        layout.kind,
-        layout.out_features,
-        layout.in_features,
-        group_blocks=layout.group_blocks,
-        scale=layout.scale,
-        has_minimum=layout.has_minimum,
-        is_gate_up=layout.is_gate_up,
-        quantizes_activations=layout.quantizes_activations,
-    )
+def run_at_once(work: Callable[[Any], None], each: Sequence[Any]) -> None:
+    """`work` on every item, in a Python thread each; a thread that hangs fails the test."""
+    workers = [threading.Thread(target=work, args=(item,)) for item in each]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert not worker.is_alive()
 
 
 def matmul(team: Any, matrix: Any, x: Tensor, out_features: int) -> Tensor:

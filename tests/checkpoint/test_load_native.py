@@ -85,7 +85,8 @@ def copy_of(tiny_model_dir: Callable[[str], Path], tmp_path: Path) -> Callable[[
     """A tiny model's folder that the cache file may be written to."""
 
     def copy(family: str) -> Path:
-        return Path(shutil.copytree(tiny_model_dir(family), tmp_path / family))
+        left_by_others = shutil.ignore_patterns("*.packed")
+        return Path(shutil.copytree(tiny_model_dir(family), tmp_path / family, ignore=left_by_others))
 
     return copy
 

@@ -20,13 +20,13 @@ from native_builders import (
     expected_product,
     generator,
     matmul,
-    native_matrix,
     needs_native,
     product,
     relative_error,
+    run_at_once,
 )
 from powertrain.kernels.cases import Case, ProductCase, cases, product_cases
-from powertrain.model.packed import pack
+from powertrain.model.packed import native_matrix, pack
 
 pytestmark = needs_native
 
@@ -194,7 +194,7 @@ def test_extreme_codes_and_activations_do_not_overflow(level: str, kind: Any, ha
 
 def rebuilt(case: ProductCase, part: Any) -> Product:
     stream, layout = pack([part])
-    return Product(native_matrix(stream, layout), stream, layout, [part])
+    return Product(native_matrix(stream, layout, NATIVE), stream, layout, [part])
 
 
 QUANTIZING = [case for case in FORMATS if case.quantizes_activations]
@@ -445,12 +445,7 @@ def test_python_threads_may_work_at_once(is_shared: bool) -> None:
     def work(team: Any) -> None:
         wrong.extend(turn for turn in range(200) if not torch.equal(matmul(team, made.matrix, x, 40), expected))
 
-    workers = [threading.Thread(target=work, args=(team,)) for team in teams]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-        assert not worker.is_alive()
+    run_at_once(work, teams)
     assert not wrong
 
 

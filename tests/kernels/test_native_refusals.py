@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from native_builders import BLOCK_SIZE, NATIVE, VOCAB, native_matrix, needs_native, random_ids, step_of
+from native_builders import BLOCK_SIZE, NATIVE, VOCAB, needs_native, random_ids, run_at_once, step_of
 from powertrain.model.native_decoder import NativeDecoder
-from powertrain.model.packed import pack
+from powertrain.model.packed import native_matrix, pack
 
 pytestmark = needs_native
 
@@ -107,7 +106,7 @@ def test_heads_of_other_shapes_are_refused(right: tuple[NativeDecoder, dict[str,
 
 
 def dense(rows: int, cols: int) -> Any:
-    return native_matrix(*pack([torch.zeros(rows, cols)]))
+    return native_matrix(*pack([torch.zeros(rows, cols)]), NATIVE)
 
 
 def build(**change: Any) -> Any:
@@ -238,10 +237,5 @@ def test_python_threads_may_share_a_decoder(native_model: Models) -> None:
         cache = model.new_cache(4, BLOCK_SIZE)
         wrong.extend(turn for turn in range(60) if not torch.equal(model.forward(ids, step, cache), expected[at]))
 
-    workers = [threading.Thread(target=work, args=(at,)) for at in (0, 1)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-        assert not worker.is_alive()
+    run_at_once(work, (0, 1))
     assert not wrong

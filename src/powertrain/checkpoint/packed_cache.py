@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, TypeAlias
 import torch
 
 from powertrain.checkpoint.gguf import GGUFCheckpoint
-from powertrain.checkpoint.safetensors_folder import INDEX_FILE, MAX_HEADER_BYTES
+from powertrain.checkpoint.safetensors_folder import INDEX_FILE, MAX_HEADER_BYTES, sync
 from powertrain.checkpoint.source import Checkpoint
 from powertrain.config import cache_dir
 from powertrain.model.packed import PackedLayout
@@ -201,7 +201,7 @@ def _write(file: Path, checkpoint: Checkpoint, fingerprint: str, build: Build) -
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
-    _sync_folder(file.parent)
+    sync(file.parent)
 
 
 def _write_streams(opened: BinaryIO, data_begin: int, build: Build) -> dict[str, Any]:
@@ -242,11 +242,3 @@ def _remove_stale_partials(file: Path) -> None:
     for partial in file.parent.glob(f".{file.name}.*.partial"):
         if time.time() - partial.stat().st_mtime > STALE_SECONDS:
             partial.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

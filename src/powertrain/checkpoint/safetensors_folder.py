@@ -239,10 +239,10 @@ def write_checkpoint(
         for name, content in _text_files(config, extra_files or {}).items():
             (partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
         for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
+            sync(file)
+        sync(partial)
         _replace(partial, out)
-        _sync(out.parent)
+        sync(out.parent)
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         advice = "the disk is full: free some space or choose another folder" if full else str(error)
@@ -331,7 +331,8 @@ def _replace(partial: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

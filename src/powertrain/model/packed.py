@@ -300,6 +300,21 @@ def _rows(panels: Tensor, layout: PackedLayout) -> Tensor:
     return rows[: layout.out_features, : layout.in_features].contiguous()
 
 
+def native_matrix(stream: Tensor, layout: PackedLayout, native: ModuleType) -> Any:
+    """The native module's own object over a stream, whose bytes it keeps alive."""
+    return native.Matrix(
+        stream,
+        layout.kind,
+        layout.out_features,
+        layout.in_features,
+        group_blocks=layout.group_blocks,
+        scale=layout.scale,
+        has_minimum=layout.has_minimum,
+        is_gate_up=layout.is_gate_up,
+        quantizes_activations=layout.quantizes_activations,
+    )
+
+
 class PackedMatrix:
     """A stream and its layout as a weight format, multiplied by the native kernels.
 
@@ -313,17 +328,7 @@ class PackedMatrix:
             raise ValueError(f"a stream of {layout.num_bytes} bytes is expected, got {list(stream.shape)}")
         self.stream, self.layout = stream, layout
         self.name, self.out_features = layout.name, layout.out_features
-        self.matrix = native.Matrix(
-            stream,
-            layout.kind,
-            layout.out_features,
-            layout.in_features,
-            group_blocks=layout.group_blocks,
-            scale=layout.scale,
-            has_minimum=layout.has_minimum,
-            is_gate_up=layout.is_gate_up,
-            quantizes_activations=layout.quantizes_activations,
-        )
+        self.matrix = native_matrix(stream, layout, native)
         self._native, self._team = native, team
 
     def matmul(self, x: Tensor) -> Tensor:

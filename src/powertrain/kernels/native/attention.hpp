@@ -26,8 +26,7 @@ INLINE CacheHead cache_head(const Cache& cache, int64_t block, int64_t head, int
 static void convert(CacheType type, const float* x, int64_t count, uint8_t* to, float* scale) {
     float inverse = 0.0f;
     if (type == CacheType::s8) {
-        // as integers, magnitudes order like numbers with NaN above infinity, so that none is lost
-        int32_t largest = 0;
+        int32_t largest = 0;  // compared as in quantize_block
         for (int64_t i = 0; i < count; ++i) {
             int32_t bits;
             __builtin_memcpy(&bits, x + i, 4);
@@ -37,7 +36,7 @@ static void convert(CacheType type, const float* x, int64_t count, uint8_t* to, 
         float magnitude;
         __builtin_memcpy(&magnitude, &largest, 4);
         *scale = magnitude / 127.0f;
-        inverse = magnitude >= 1e-30f ? 127.0f / magnitude : 0.0f;
+        inverse = inverse_scale(magnitude);
     }
     for (int64_t i = 0; i < count; i += LANES) {
         float lanes[LANES] = {};
@@ -71,6 +70,14 @@ static void write_head(const Cache& cache, const float* key, const float* value,
         else place[0] = converted[i];
     }
     convert(cache.type, value, dim, (uint8_t*)to.values + offset * padded(dim) * bytes, (float*)to.value_scale + offset);
+}
+
+// A row of the step to its place: keys [kv_heads, dim], then values [kv_heads, dim].
+static void write_row(const Cache& cache, const Step& step, int64_t row, const float* keys, int64_t kv_heads, int64_t dim) {
+    const int64_t position = step.positions[row];
+    const int64_t block = step.block_tables[step.sequence_of[row] * step.table_width + position / cache.block_size];
+    for (int64_t head = 0; head < kv_heads; ++head)
+        write_head(cache, keys + head * dim, keys + (kv_heads + head) * dim, block, position % cache.block_size, head, dim);
 }
 
 // 16 positions as float: keys [dim][16] or values [16][padded dim]; the cache itself where it holds floats.

@@ -90,12 +90,10 @@ struct StepPlan {
             }
             row += count;
         }
-        step.num_sequences = num_sequences;
         step.table_width = static_cast<int64_t>(tables.shape(1));
         step.block_tables = tables.data();
         step.positions = positions.data();
         step.sequence_of = sequence_of.data();
-        step.context_lens = context_lens.data();
         step.items = items.data();
         step.num_items = static_cast<int64_t>(items.size());
         step.merges = merges.data();

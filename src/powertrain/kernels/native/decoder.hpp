@@ -108,11 +108,7 @@ INLINE void rotate_and_write(Team& team, const Model& model, const Layer& layer,
             if (norm) rms_norm_row(x + head * dim, norm, model.eps, dim, x + head * dim);
             rope_head(x + head * dim, model.cos + position * (dim / 2), model.sin + position * (dim / 2), dim);
         }
-        const int64_t* table = step.block_tables + step.sequence_of[row] * step.table_width;
-        const float* keys = x + heads * dim;
-        for (int64_t head = 0; head < kv_heads; ++head)
-            write_head(cache, keys + head * dim, keys + (kv_heads + head) * dim, table[position / cache.block_size],
-                       position % cache.block_size, head, dim);
+        write_row(cache, step, row, x + heads * dim, kv_heads, dim);
     });
 }
 

@@ -17,6 +17,11 @@ struct Input {
     int64_t num_rows;
 };
 
+// What one block of 32 inputs takes in a panel that meets int8 activations: codes, and scales of two bytes or more.
+constexpr int64_t int8_block_bytes(bool is_u4, bool has_minimum) {
+    return PANEL * BLOCK / (is_u4 ? 2 : 1) + 2 * PANEL * (has_minimum ? 2 : 1);
+}
+
 INLINE F load_scale(const uint8_t* header, bool is_half, int at) {
     return is_half ? load_f16((const uint16_t*)header + at) : load((const float*)header + at);
 }
@@ -29,7 +34,7 @@ INLINE const uint8_t* group_of(const Matrix& m, const uint8_t* panel, int64_t bl
 template <int ROWS, bool IS_U4, bool HAS_MINIMUM, bool IS_HALF>
 static void int8_panel(const Matrix& m, const uint8_t* panel, Quantized q, int64_t total, int64_t row, float* out) {
     constexpr int OFFSET = IS_U4 ? (HAS_MINIMUM ? 0 : 8) : 128;  // what makes the codes unsigned
-    constexpr int64_t BLOCK_BYTES = PANEL * BLOCK / (IS_U4 ? 2 : 1) + 2 * PANEL * (HAS_MINIMUM ? 2 : 1);
+    constexpr int64_t BLOCK_BYTES = int8_block_bytes(IS_U4, HAS_MINIMUM);
     F sums[ROWS][PARTS] = {};
     for (int64_t block = 0; block < m.blocks;) {
         const uint8_t* header = panel;
@@ -88,7 +93,7 @@ INLINE void int8_block(const Tile<IS_U4>* tiles, const F* scales, const F* minim
 template <int COUNT, bool IS_U4, bool HAS_MINIMUM>
 static void int8_tile(const Matrix& m, const uint8_t* panels, Quantized q, int64_t total, int64_t row, int64_t rows,
                       float* out) {
-    constexpr int64_t BLOCK_BYTES = PANEL * BLOCK / (IS_U4 ? 2 : 1) + 2 * PANEL * (HAS_MINIMUM ? 2 : 1);
+    constexpr int64_t BLOCK_BYTES = int8_block_bytes(IS_U4, HAS_MINIMUM);
     constexpr int VECTORS = COUNT * PARTS, ROWS = Tile<IS_U4>::ROWS;
     constexpr int STEP = VECTORS < Tile<IS_U4>::VECTORS ? VECTORS : Tile<IS_U4>::VECTORS;
     Tile<IS_U4> tiles[VECTORS];

@@ -49,6 +49,9 @@ INLINE I to_code(F x) {
     return __builtin_convertvector(v, I);
 }
 
+// 127 / largest; below 1e-30 it would overflow, and what rounds to zero there changes no result.
+INLINE float inverse_scale(float largest) { return largest >= 1e-30f ? 127.0f / largest : 0.0f; }
+
 // One block of 32 activations to int8, scale = max |x| / 127. Infinities and NaN give a scale that is not finite.
 static inline void quantize_block(const float* x, int64_t valid, const Quantized& q, int64_t at) {
     float padded[BLOCK];
@@ -60,8 +63,7 @@ static inline void quantize_block(const float* x, int64_t valid, const Quantized
     I magnitude{};
     for (int i = 0; i < BLOCK; i += LANES) magnitude = max(magnitude, (I)load(x + i) & 0x7fffffff);
     const float largest = reduce_max_magnitude(magnitude);
-    // below 1e-30 the inverse would overflow, and what rounds to zero there changes no result
-    const float scale = largest / 127.0f, inverse = largest >= 1e-30f ? 127.0f / largest : 0.0f;
+    const float scale = largest / 127.0f, inverse = inverse_scale(largest);
     int8_t* codes = q.codes + at * BLOCK;
     I sum{};
     for (int i = 0; i < BLOCK; i += LANES) {

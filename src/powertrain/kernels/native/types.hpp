@@ -76,12 +76,11 @@ struct MergeItem {
 };
 
 struct Step {
-    int64_t num_rows, num_sequences, table_width;
+    int64_t num_rows, table_width;
     const int64_t* token_ids;          // [rows]
     const int64_t* block_tables;       // [sequences, table_width]
     const int64_t* positions;          // [rows]
     const int32_t* sequence_of;        // [rows]
-    const int64_t* context_lens;       // [sequences]
     const AttentionItem* items;
     int64_t num_items;
     const MergeItem* merges;

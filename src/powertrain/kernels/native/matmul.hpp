@@ -33,7 +33,7 @@ INLINE const uint8_t* group_of(const Matrix& m, const uint8_t* panel, int64_t bl
 // One or two rows by one panel: the weights pass through registers once, the sums stay there. `out` has WIDTH columns.
 template <int ROWS, bool IS_U4, bool HAS_MINIMUM, bool IS_HALF>
 static void int8_panel(const Matrix& m, const uint8_t* panel, Quantized q, int64_t total, int64_t row, float* out) {
-    constexpr int OFFSET = IS_U4 ? (HAS_MINIMUM ? 0 : 8) : 128;  // what makes the codes unsigned
+    constexpr int OFFSET = IS_U4 ? (HAS_MINIMUM ? 0 : 8) : Codes::OFFSET_S8;
     constexpr int64_t BLOCK_BYTES = int8_block_bytes(IS_U4, HAS_MINIMUM);
     F sums[ROWS][PARTS] = {};
     for (int64_t block = 0; block < m.blocks;) {
@@ -66,7 +66,7 @@ static void int8_panel(const Matrix& m, const uint8_t* panel, Quantized q, int64
 // the compiler knows its pointers to outlive the stores.
 template <int ROWS, int VECTORS, bool IS_U4, bool HAS_MINIMUM>
 INLINE void int8_block(const Tile<IS_U4>* tiles, const F* scales, const F* minima, Quantized q, int64_t at, float* out) {
-    constexpr int OFFSET = IS_U4 ? (HAS_MINIMUM ? 0 : 8) : 128;
+    constexpr int OFFSET = IS_U4 ? (HAS_MINIMUM ? 0 : 8) : 128;  // what makes the codes unsigned
     const int8_t* codes = q.codes + at * BLOCK;
     typename Tile<IS_U4>::Sum sums[ROWS][VECTORS];
 #pragma GCC unroll 8

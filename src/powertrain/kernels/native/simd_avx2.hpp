@@ -12,10 +12,12 @@ static inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 static inline F round(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline F sqrt(F v) { return _mm256_sqrt_ps(v); }
 
-// 32 inputs of 8 outputs as unsigned codes. Sums of pairs run in 16 bits, which cannot overflow for 4-bit codes:
-// 8 sums of 2 * 15 * 127 are 30,480. Bytes are split in two such codes, the upper one weighted by 16 at the end.
+// 32 inputs of 8 outputs. Sums of pairs run in 16 bits, which cannot overflow for 4-bit codes: 8 sums of 2 * 15 * 127
+// are 30,480. Of bytes one sum fits, 2 * 128 * 127, so each goes on in 32 bits; |w| times sign(w) * a, since one side of
+// the instruction is unsigned.
 struct Codes {
-    __m256i w[8], high[8];
+    static constexpr int OFFSET_S8 = 0;  // what the dot product of bytes has added to them
+    __m256i w[8];
 
     void load_u4(const uint8_t* block, int part) {
         const __m256i mask = _mm256_set1_epi8(15);
@@ -26,12 +28,7 @@ struct Codes {
         }
     }
     void load_s8(const uint8_t* block, int part) {
-        const __m256i mask = _mm256_set1_epi8(15), flip = _mm256_set1_epi8((char)0x80);
-        for (int j = 0; j < 8; ++j) {
-            const __m256i v = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(block + j * 64 + part * 32)), flip);
-            w[j] = _mm256_and_si256(v, mask);
-            high[j] = _mm256_and_si256(_mm256_srli_epi16(v, 4), mask);
-        }
+        for (int j = 0; j < 8; ++j) w[j] = _mm256_loadu_si256((const __m256i*)(block + j * 64 + part * 32));
     }
     static __m256i four(const int8_t* a) {
         int32_t word;
@@ -47,32 +44,33 @@ struct Codes {
         return (I)_mm256_madd_epi16(sum, _mm256_set1_epi16(1));
     }
     I dot_s8(const int8_t* a) const {
-        __m256i low = _mm256_maddubs_epi16(w[0], four(a)), up = _mm256_maddubs_epi16(high[0], four(a));
-        for (int j = 1; j < 8; ++j) {
-            asm("" : "+x"(low), "+x"(up));
-            const __m256i x = four(a + 4 * j);
-            low = _mm256_add_epi16(low, _mm256_maddubs_epi16(w[j], x));
-            up = _mm256_add_epi16(up, _mm256_maddubs_epi16(high[j], x));
+        __m256i sum = _mm256_setzero_si256();
+        for (int j = 0; j < 8; ++j) {
+            asm("" : "+x"(sum));
+            const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w[j]), _mm256_sign_epi8(four(a + 4 * j), w[j]));
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
         }
-        return (I)_mm256_add_epi32(_mm256_madd_epi16(low, _mm256_set1_epi16(1)),
-                                   _mm256_madd_epi16(up, _mm256_set1_epi16(16)));
+        return (I)sum;
     }
 };
 
 // For many rows the unpacked codes lie in the first cache, and ROWS by VECTORS sums share each load: two loads a cycle
-// would otherwise be the limit. Bytes need two sums, so half as many vectors fit the 16 registers.
+// would otherwise be the limit. Bytes are split in two codes of 4 bits, the upper one weighted by 16 at the end: that is paid
+// once for all rows, and half as many vectors fit the 16 registers.
 template <bool IS_U4>
 struct Tile {
     static constexpr int ROWS = 4, VECTORS = IS_U4 ? 2 : 1;
     __m256i low[8], high[IS_U4 ? 1 : 8];
 
     void load(const uint8_t* block, int part) {
+        const __m256i mask = _mm256_set1_epi8(15), flip = _mm256_set1_epi8((char)0x80);
         Codes codes;
         if (IS_U4) codes.load_u4(block, part);
         else codes.load_s8(block, part);
         for (int j = 0; j < 8; ++j) {
-            low[j] = codes.w[j];
-            if (!IS_U4) high[IS_U4 ? 0 : j] = codes.high[j];
+            const __m256i v = _mm256_xor_si256(codes.w[j], flip);
+            low[j] = IS_U4 ? codes.w[j] : _mm256_and_si256(v, mask);
+            if (!IS_U4) high[IS_U4 ? 0 : j] = _mm256_and_si256(_mm256_srli_epi16(v, 4), mask);
         }
     }
     struct Sum {

@@ -14,6 +14,7 @@ static inline F sqrt(F v) { return _mm512_sqrt_ps(v); }
 
 // 32 inputs of 16 outputs as unsigned codes, multiplied four at a time into 32-bit sums.
 struct Codes {
+    static constexpr int OFFSET_S8 = 128;  // what the dot product of bytes has added to them
     __m512i w[8];
 
     void load_u4(const uint8_t* block, int) {

@@ -57,6 +57,7 @@ static inline F sqrt(F v) {
 
 // 32 inputs of LANES outputs. Sums of 32 products of 8-bit integers stay below 2^24, so floats hold them exactly.
 struct Codes {
+    static constexpr int OFFSET_S8 = 128;  // what the dot product of bytes has added to them
     F w[BLOCK];
 
     void load_u4(const uint8_t* block, int part) {

@@ -9,11 +9,12 @@ all of them: what else the request asks for, such as log-probabilities, does not
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from powertrain.model.decoder import top_of
@@ -73,10 +74,9 @@ def sample_top(
     is_finite = finite.tolist()
     random = [at for at, row in enumerate(rows) if is_finite[at] and not row.sampling.is_greedy]
     if random:
-        # in numpy, which takes a tenth of torch's time for a call on so few numbers
-        drawn = _draw_short(values.cpu().numpy()[random], ids.cpu().numpy()[random], [rows[at] for at in random])
-        for at, token in zip(random, drawn, strict=True):
-            tokens[at] = token
+        values_list, ids_list = values.tolist(), ids.tolist()
+        for at in random:
+            tokens[at] = _draw_short(values_list[at], ids_list[at], rows[at])
     undecided = [at for at in random if tokens[at] is None]
     return [token if ok else None for token, ok in zip(tokens, is_finite, strict=True)], undecided
 
@@ -159,41 +159,26 @@ def _draw(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
     return [int(token) for token in chosen.clamp_(max=logits.shape[1] - 1).tolist()]
 
 
-def _draw_short(values: npt.NDArray[np.float32], ids: npt.NDArray[np.int64], rows: Sequence[Row]) -> list[int | None]:
-    """`_draw` from the largest logits alone [rows, k], largest first; None where the cut at top_k is between equals.
+def _draw_short(values: list[float], ids: list[int], row: Row) -> int | None:
+    """`_draw` of one row from its largest logits alone, largest first; None where the cut at top_k is between equals.
 
-    Every sum runs over a row one by one, so that a wider table for other rows' sake changes nothing.
+    In plain Python: on so few numbers a call of torch or numpy costs more than the whole loop.
     """
-    table = np.array([_settings(row) for row in rows])
-    temperature, min_p, top_p, numbers = (table[:, column : column + 1] for column in range(4))
-    sizes = np.array([row.sampling.top_k for row in rows])
-    line, at = np.arange(len(rows)), np.arange(values.shape[1])
-    scaled = values / temperature.astype(np.float32)
-    edge = np.minimum(sizes, len(at) - 1)
-    is_cut = (scaled[line, edge] == scaled[line, edge - 1]) & (edge == sizes)
-    weights = np.exp((scaled - scaled[:, :1]).astype(np.float64))
-    weights[at >= sizes[:, None]] = 0.0
-    if min_p.any():
-        with np.errstate(divide="ignore"):
-            weights[scaled < scaled[:, :1] + np.log(min_p.astype(np.float32))] = 0.0
-    if (top_p < 1.0).any():
-        sums = weights.cumsum(1)
-        stays = sums - weights < np.where(top_p < 1.0, top_p * sums[:, -1:], np.inf)
-        last = np.maximum((stays & (weights > 0.0)).sum(1), 1) - 1
-        weights[scaled < scaled[line, last][:, None]] = 0.0
-    order = ids.argsort(1)
-    sums = weights[line[:, None], order].cumsum(1)
-    total = sums[:, -1:]
-    chosen = np.minimum((sums <= numbers * total).sum(1), (sums < total).sum(1))
-    tokens = ids[line, order[line, chosen]].tolist()
-    return [None if cut else token for token, cut in zip(tokens, is_cut.tolist(), strict=True)]
-
-
-def _settings(row: Row) -> tuple[float, float, float, float]:
-    """A row's temperature, min_p and top_p, and its uniform number."""
     sampling = row.sampling
+    size = min(sampling.top_k, len(values))
+    if size < len(values) and values[size] == values[size - 1]:
+        return None
+    temperature = max(sampling.temperature, 1e-5)
+    weights = [math.exp((value - values[0]) / temperature) for value in values[:size]]
+    weights = [weight for weight in weights if weight >= sampling.min_p]
+    if sampling.top_p < 1.0:
+        sums = list(accumulate(weights))
+        last = weights[bisect_left(sums, sampling.top_p * sums[-1], hi=len(sums) - 1)]
+        weights = [weight for weight in weights if weight >= last]
+    by_id = sorted(zip(ids, weights, strict=False))  # as the full distribution lies
+    sums = list(accumulate(weight for _, weight in by_id))
     number = uniform(row.seed, row.index, len(row.context))
-    return max(sampling.temperature, 1e-5), sampling.min_p, sampling.top_p, number
+    return by_id[bisect_right(sums, number * sums[-1], hi=len(sums) - 1)][0]
 
 
 def _probabilities(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:

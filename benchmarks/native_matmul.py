@@ -51,7 +51,7 @@ def main() -> None:
         raise PowertrainError(f"nothing to measure: {native.unavailable()}")
     torch.set_num_threads(given.threads)
     results: list[dict[str, Any]] = []
-    bandwidth = read_bandwidth("cpu", threads=given.threads)
+    bandwidth = read_bandwidth("cpu")
     for level in module.levels():
         team = module.Team(given.threads, level)
         for shape, (out, inner) in SHAPES.items():

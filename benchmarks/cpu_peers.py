@@ -23,7 +23,7 @@ from common import RESULTS, parser, server, write
 from peers.contender import Contender, Worker
 from peers.fidelity import measure_fidelity, text_windows
 from peers.http_load import http_rate
-from peers.prepare import HERE, OPENVINO_EXPORTS, llamacpp_file, openvino_folder
+from peers.prepare import HERE, OPENVINO_EXPORTS, compressed_folder, llamacpp_file, openvino_folder
 from peers.report import Fidelity, show, work_rows
 from peers.works import WORKS, Turn, Work, fastest_settings, quick, take_turns, turn_of
 
@@ -35,6 +35,7 @@ from powertrain.measure.roofline import read_bandwidth
 from powertrain.types import PowertrainError
 
 LLAMACPP_FORMATS = ("Q4_0", "Q8_0", "F16")
+OUR_RECIPES = {"W8A16": ("W8A16", None), "W4A16 g32": ("W4A16_ASYM", 32)}
 OPENVINO_FORMATS = {"int8": "int8 per channel", "int4": "int4 symmetric, groups of 64"}
 OURS = "powertrain"
 IDLE_SHARE = 0.02
@@ -86,6 +87,8 @@ def _contenders(given: argparse.Namespace, source: Path) -> list[Contender]:
         return Contender(name=name, format=format_name, command=command, is_ours=True)
 
     made = [ours(OURS, "Q4_1", source)]
+    for name, recipe in OUR_RECIPES.items():
+        made.append(ours(f"{OURS} {name}", name, compressed_folder(source, given.prepared, name, recipe)))
     if given.llama_python:
         files = {"Q4_1": source}
         files |= {name: llamacpp_file(source, given.prepared, name, given.llama_python) for name in LLAMACPP_FORMATS}
@@ -110,6 +113,9 @@ def _fidelity(given: argparse.Namespace, source: Path, workers: Sequence[Worker]
     made = record.new_record("cpu_fidelity", git=given.git, model=given.model, data=given.fidelity.name, **found)
     for row in found["results"]:
         print(f"{row['name']:<16} KL {row['kl_mean']:.6f}  top-1 {row['top1_agreement']:.2%}")
+    for pair in found["same_format"]:
+        low, high = pair["interval"]
+        print(f"{pair['ours']} less {pair['peer']}: KL {pair['kl_mean_difference']:+.6f} ({low:+.6f} to {high:+.6f})")
     write(given.fidelity_json, made)
 
 

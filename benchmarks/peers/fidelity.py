@@ -49,6 +49,12 @@ def measure_fidelity(source: Path, windows: Sequence[Window], workers: Sequence[
         "window": max(len(window.token_ids) for window in windows),
         "data_sha256": token_sha256(windows),
         "results": [_row(worker, scores[worker.name]) for worker in workers],
+        "same_format": [
+            _difference(one, scores[one.name], other, scores[other.name])
+            for one in workers
+            for other in workers
+            if one.contender.is_ours and not other.contender.is_ours and one.contender.format == other.contender.format
+        ],
     }
 
 
@@ -57,3 +63,20 @@ def _row(worker: Worker, scores: list[TokenScores]) -> dict[str, Any]:
     row: dict[str, Any] = {"name": worker.name, "format": worker.contender.format}
     row |= {key: found.values[key] for key in SHOWN}
     return row | {"intervals": {key: found.intervals[key] for key in SHOWN if key in found.intervals}}
+
+
+def _difference(own: Worker, scores: list[TokenScores], peer: Worker, others: list[TokenScores]) -> dict[str, Any]:
+    """Mean KL of ours less the peer's on the same tokens, with a 95 % interval from resampled windows."""
+    gaps = np.array(
+        [one.kl.sum() - other.kl.sum() for one, other in zip(scores, others, strict=True)], dtype=np.float64
+    )
+    sizes = np.array([len(one) for one in scores], dtype=np.float64)
+    picks = np.random.default_rng(0).integers(0, len(gaps), (2000, len(gaps)))
+    draws = gaps[picks].sum(1) / sizes[picks].sum(1)
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return {
+        "ours": own.name,
+        "peer": peer.name,
+        "kl_mean_difference": float(gaps.sum() / sizes.sum()),
+        "interval": [float(low), float(high)],
+    }

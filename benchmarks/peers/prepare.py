@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,17 @@ def float32_folder(source: Path, cache: Path) -> Path:
         checkpoint = open_checkpoint(source)
         write_checkpoint(out, checkpoint.config, iterate(checkpoint), hugging_face_files(source))
     return out
+
+
+def compressed_folder(source: Path, cache: Path, name: str, recipe: tuple[str, int | None]) -> Path:
+    """`source` compressed by our own command: the name of a recipe and its group size."""
+    preset, group_size = recipe
+    options: list[str | Path] = [] if group_size is None else ["--group-size", str(group_size)]
+    command: list[str | Path] = [sys.executable, "-m", "powertrain", "compress", source]
+    return _once(
+        cache / name.replace(" ", "-"),
+        lambda out: _run([*command, out, "--recipe", preset, "--dtype", "float32", *options]),
+    )
 
 
 def llamacpp_file(source: Path, cache: Path, name: str, python: Path) -> Path:

@@ -99,6 +99,9 @@ def _threshold_kernel(
         wanted = tl.load(top_k + row)
         share = tl.load(top_p + row)
         ceiling = _order(top)
+        floor = tl.load(min_p + row)
+        if floor > 0.0:  # before the others, which count what it leaves
+            least = tl.maximum(least, _order(top + heat * tl.log(floor)))
         if (wanted > 0) & (wanted < num_logits):
             low, high = least.to(tl.int64), ceiling.to(tl.int64) + 1  # `low` keeps enough, `high` too few
             while high - low > 1:
@@ -118,9 +121,6 @@ def _threshold_kernel(
                 low = tl.where(enough, middle, low)
                 high = tl.where(enough, high, middle)
             least = low.to(tl.int32)
-        floor = tl.load(min_p + row)
-        if floor > 0.0:
-            least = tl.maximum(least, _order(top + heat * tl.log(floor)))
     tl.store(threshold + row, least)
     tl.store(top_of_row + row, tl.where(is_bad, float("nan"), top))
 

@@ -27,7 +27,8 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     "dtype": (DType, "Type of dense weights and activations; auto is the checkpoint's on CUDA, float32 on CPU."),
     "kernels": (
         Kernels,
-        "CPU kernels; auto takes the native ones where they are built and --dtype is not given, else the reference.",
+        "auto takes the native ones on a CPU where they are built and --dtype is not given, Triton's on a GPU; "
+        "else the reference.",
     ),
     "max_model_len": (int, "Longest prompt plus output, in tokens."),
     "max_num_seqs": (int, "Most sequences in one step."),

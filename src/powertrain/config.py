@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from powertrain.types import PowertrainError
 
 KVCacheDType = Literal["auto", "float32", "float16", "int8"]
-Kernels = Literal["auto", "native", "reference"]
+Kernels = Literal["auto", "native", "triton", "reference"]
 
 NATIVE_BLOCK_SIZE = 16
 """The native kernels read keys and values this many tokens at a time: their KV blocks are multiples of it."""
@@ -56,8 +56,8 @@ class SpeculationConfig:
 class EngineConfig:
     """Everything the engine takes. `device`, `dtype` and `threads` are settled by `resolve`.
 
-    `kernels` auto takes the native ones on a CPU where they are built; a `dtype` that is not auto asks for torch's
-    products on weights of that type, which only the reference path has.
+    `kernels` auto takes the native ones on a CPU where they are built, and Triton's on a GPU where it is installed; on
+    a CPU a `dtype` that is not auto asks for torch's products on weights of that type, which only the reference has.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -105,19 +105,24 @@ class EngineConfig:
 def resolve(config: EngineConfig, *, has_cuda: bool, model_dtype: str) -> EngineConfig:
     """Settle `auto`: the GPU where there is one; float32 on a CPU, the model's 16-bit kind (or bfloat16) on a GPU.
 
-    `kernels` becomes "reference" where the native ones cannot or shall not run: on a GPU, or by an explicit `dtype`.
-    Where it stays "auto" they run if they are built. Resolve what the user gave, once: a settled dtype is explicit.
+    `kernels` becomes "triton" on a GPU, and "reference" on a CPU where the native ones shall not run for an explicit
+    `dtype`. Where it stays "auto" the native ones run if they are built. Resolve what the user gave, once: a settled
+    dtype is explicit.
     """
     _check_ranges(config)
     if config.device == "cuda" and not has_cuda:
         raise PowertrainError("--device cuda: torch sees no CUDA device here; use --device cpu")
     device: Literal["cpu", "cuda"] = "cpu" if config.device == "cpu" or not has_cuda else "cuda"
     kernels = config.kernels
-    if kernels == "auto" and (device == "cuda" or config.dtype != "auto"):
+    if kernels == "auto" and device == "cuda":
+        kernels = "triton"
+    elif kernels == "auto" and config.dtype != "auto":
         kernels = "reference"
     if kernels == "native":
         _check_native(config, device)
-    if kernels == "reference" and config.cache.kv_cache_dtype == "int8":
+    if kernels == "triton" and device != "cuda":
+        raise PowertrainError("--kernels triton runs on a GPU: leave --kernels out, or choose native or reference")
+    if kernels in ("triton", "reference") and config.cache.kv_cache_dtype == "int8":
         raise PowertrainError(INT8_CACHE_IS_NATIVE)
     dtype = config.dtype
     if dtype == "auto":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from powertrain.config import SchedulerConfig
 from powertrain.engine.blocks import BlockPool, chain_hash, root_hash
-from powertrain.engine.scheduler import Scheduler, Sequence
+from powertrain.engine.scheduler import Plan, Scheduler, Sequence
 from powertrain.types import FinishReason, PowertrainError, Request, SamplingParams
 
 BLOCK = 4
@@ -120,6 +121,72 @@ def test_a_hundred_thousand_random_steps(seed):
     assert ended > 1000
     assert scheduler.num_preemptions > 100
     finish(scheduler, limit=20_000)
+    assert scheduler.pool.num_in_use == 0
+    assert sorted(scheduler._free_slots) == list(range(scheduler.config.max_num_seqs))
+
+
+class Device:
+    """Runs plans in order, ahead of the host: it alone knows a pending token, and writes what it is told at once."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.oracle = Oracle()
+        self.last: dict[int, int] = {}
+
+    def launch(self, plan) -> dict[Sequence, list[int]]:
+        sampled = {}
+        for chunk in plan.chunks:
+            seq = chunk.sequence
+            pending = [self.last[seq.slot]] if seq.num_pending else []
+            assert seq.num_pending <= 1
+            known = Sequence(seq.request, 0, seq.max_length, [*seq.token_ids, *pending], block_table=seq.block_table)
+            assert chunk.start + chunk.count <= len(known.token_ids)
+            self.oracle.execute(Plan((replace(chunk, sequence=known),)))
+            if chunk.samples and len(known.token_ids) < seq.max_length:
+                self.last[seq.slot] = 99 if self.rng.random() < 0.05 else self.rng.randrange(2)
+                sampled[seq] = [self.last[seq.slot]]
+        return sampled
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_steps_planned_one_ahead(seed):
+    """Every plan is made while the tokens of the one before are unknown: the same promises, and one wasted row each."""
+    rng = random.Random(seed)
+    num_blocks, budget = rng.randint(11, 14), rng.randint(5, 24)
+    scheduler = make(num_blocks, rng.randint(2, 6), budget, seed != 2)
+    device, in_flight, serial, ended, num_wasted = Device(rng), None, 0, 0, 0
+    for _ in range(12_000):
+        action = rng.random()
+        if action < 0.25 and len(scheduler.waiting) < 8:
+            prompt = [rng.randrange(2) for _ in range(rng.randint(1, 20))]
+            leader = None
+            for index in range(rng.choice((1, 1, 1, 3))):
+                child = sequence(f"r{serial}", prompt, rng.randint(0, 24), rng.choice(("", "tenant")), index, leader)
+                leader = leader or child
+                scheduler.add(child)
+            serial += 1
+        elif action < 0.30 and serial:
+            scheduler.abort(f"r{rng.randrange(serial)}", rng.choice((None, 0)))
+        plan = scheduler.schedule()
+        assert plan.num_tokens <= budget
+        assert plan.chunks or in_flight or not scheduler.has_work(), "a step without progress"
+        sampled = device.launch(plan)
+        scheduler.advance(plan)
+        if in_flight is not None:
+            scheduler.commit(*in_flight, is_advanced=True)
+            wasted = [chunk for chunk in plan.chunks if chunk.sequence.is_finished]
+            assert all(chunk.count == 1 for chunk in wasted if chunk.sequence.num_output)
+            num_wasted += len(wasted)
+            ended += sum(chunk.sequence.is_finished for chunk in in_flight[0].chunks)
+        scheduler.check()
+        in_flight = (plan, sampled) if plan.chunks else None
+    if in_flight is not None:
+        scheduler.commit(*in_flight, is_advanced=True)
+    assert ended > 400
+    assert num_wasted > 100
+    assert scheduler.num_preemptions > 50
+    finish(scheduler, limit=20_000)
+    assert all(seq.num_pending == 0 for seq in (*scheduler.running, *scheduler.waiting))
     assert scheduler.pool.num_in_use == 0
     assert sorted(scheduler._free_slots) == list(range(scheduler.config.max_num_seqs))
 

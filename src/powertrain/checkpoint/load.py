@@ -58,7 +58,9 @@ def load_decoder(checkpoint: Checkpoint, config: EngineConfig, on_progress: Prog
     model = model_config(checkpoint.config)
     module = _native_module(config, model)
     if module is None:
-        return load_model(checkpoint, config.device, getattr(torch, config.dtype), config.max_model_len, on_progress)
+        dtype = getattr(torch, config.dtype)
+        loaded = load_model(checkpoint, config.device, dtype, config.max_model_len, on_progress)
+        return _on_gpu_kernels(loaded, config)
     _check_head(checkpoint, model)
     products = _product_streams(checkpoint, model, on_progress)
     vector = _dense_reader(checkpoint, torch.device("cpu"), torch.float32)
@@ -273,7 +275,8 @@ def random_decoder(
     module = _native_module(config, model)
     if module is None:
         dtype = getattr(torch, config.dtype)
-        return random_model(folder, config.device, dtype, weight_format, seed, config.max_model_len)
+        made = random_model(folder, config.device, dtype, weight_format, seed, config.max_model_len)
+        return _on_gpu_kernels(made, config)
     shapes = _linear_shapes(model)
     generator = torch.Generator().manual_seed(seed)
     stored = getattr(torch, model.dtype, torch.float32)
@@ -291,6 +294,12 @@ def random_decoder(
     return _native_decoder(
         model, config, module, lambda layers: _pack([part(layer) for layer in layers], layers), vector
     )
+
+
+def _on_gpu_kernels(decoder: Decoder, config: EngineConfig) -> Decoder:
+    if config.kernels == "triton":
+        decoder.kernels = "triton"
+    return decoder
 
 
 # ---- the native kernels' decoder ----

@@ -13,12 +13,13 @@ import torch
 
 from powertrain.config import EngineConfig, resolve
 from powertrain.engine.blocks import BlockPool
+from powertrain.engine.gpu_runner import GpuRunner, Launched, is_plain
 from powertrain.engine.memory import num_cache_blocks
 from powertrain.engine.runner import Runner, StepResult
 from powertrain.engine.scheduler import Plan, Scheduler, Sequence
 from powertrain.engine.speculate import NgramProposer
-from powertrain.kernels import native
-from powertrain.model.decoder import Decoder
+from powertrain.kernels import gpu_provider, native
+from powertrain.model.decoder import Decoder, KVCache
 from powertrain.types import (
     EngineInfo,
     EngineStats,
@@ -65,9 +66,8 @@ class Engine:
             NgramProposer(spec) if spec else None,
             spec.num_speculative_tokens if spec else 0,
         )
-        self.runner = Runner(
-            model, model.new_cache(num_blocks, block_size), config.scheduler.max_num_seqs, max_model_len
-        )
+        self.runner = _runner(model, model.new_cache(num_blocks, block_size), config, max_model_len)
+        self._in_flight: tuple[Plan, Launched] | None = None
         self.info = EngineInfo(
             model=name,
             vocab_size=model.config.vocab_size,
@@ -110,6 +110,8 @@ class Engine:
         self.add(Request(request_id="warm-up", prompt_token_ids=(0,) * max(1, length), sampling=sampling))
         while self.has_work():
             self.step()
+        if isinstance(self.runner, GpuRunner):
+            self.runner.capture()
         self.pool.forget()
         self._stats = EngineStats(num_blocks=self.info.num_blocks)
         self.scheduler.prefix_queries = self.scheduler.prefix_hits = 0
@@ -157,25 +159,56 @@ class Engine:
             self._prompt_logprobs.pop(sequence, None)
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work()
+        return self.scheduler.has_work() or self._in_flight is not None
 
     def step(self) -> list[TokenOutput]:
-        """Schedule, execute, commit once. Empty when idle or when only part of a prompt was computed."""
-        if not self.scheduler.has_work():
-            return []
+        """Schedule, execute, commit once. Empty when idle or when only part of a prompt was computed.
+
+        On a GPU the step that is launched here gives its tokens in the next call, while the device computes that one:
+        the host plans one step ahead. A sequence that turns out to have ended costs one row of the step under way.
+        """
+        outputs: list[TokenOutput] = []
+        if self._in_flight is not None and not self._may_run_ahead():
+            outputs = self._land()
+        ahead, self._in_flight = self._in_flight, None
+        if self.scheduler.has_work():
+            outputs += self._start()
+        if ahead is not None:
+            started, self._in_flight = self._in_flight, ahead
+            outputs += self._land()
+            self._in_flight = started
+        if not self.has_work():
+            self.scheduler.check()
+        return outputs
+
+    def _may_run_ahead(self) -> bool:
+        """Whether a step can be planned while the tokens of the last one are on their way."""
+        sequences = (*self.scheduler.running, *self.scheduler.waiting)
+        return isinstance(self.runner, GpuRunner) and all(is_plain(sequence) for sequence in sequences)
+
+    def _start(self) -> list[TokenOutput]:
+        """Plan a step and launch it where that can be done ahead, else run it and commit it."""
         plan = self.scheduler.schedule()
+        if not plan.chunks:
+            return []
         try:
+            if isinstance(self.runner, GpuRunner) and self.runner.can_launch(plan):
+                self._in_flight = (plan, self.runner.launch(plan))
+                self.scheduler.advance(plan)
+                return []
             result = self.runner.execute(plan)
         except torch.AcceleratorError:
             raise  # the device's context is lost: no later step can succeed, and whoever runs the engine must know
         except Exception as error:  # one bad step must not take the other requests' engine with it
             logger.exception("a step of %d sequences failed", len(plan.chunks))
             return self._fail([chunk.sequence for chunk in plan.chunks], f"{type(error).__name__}: {error}")
-        outputs = self._fail(list(result.failed), "the model gave a NaN or infinite logit")
-        outputs += self._commit(plan, result)
-        if not self.scheduler.has_work():
-            self.scheduler.check()
-        return outputs
+        return self._commit(plan, result)
+
+    def _land(self) -> list[TokenOutput]:
+        """Wait for the step in flight and commit it."""
+        assert self._in_flight is not None
+        (plan, launched), self._in_flight = self._in_flight, None
+        return self._commit(plan, launched.collect(), is_advanced=True)
 
     def _fail(self, sequences: list[Sequence], message: str) -> list[TokenOutput]:
         self.scheduler.end(sequences, FinishReason.ERROR)
@@ -192,15 +225,17 @@ class Engine:
             for sequence in sequences
         ]
 
-    def _commit(self, plan: Plan, result: StepResult) -> list[TokenOutput]:
+    def _commit(self, plan: Plan, result: StepResult, *, is_advanced: bool = False) -> list[TokenOutput]:
+        failed = [sequence for sequence in result.failed if not sequence.is_finished]
+        outputs = self._fail(failed, "the model gave a NaN or infinite logit")
         for chunk in plan.chunks:
             if chunk.start == 0:
                 self._prompt_logprobs.pop(chunk.sequence, None)
         for sequence, entries in result.prompt_logprobs.items():
             self._prompt_logprobs.setdefault(sequence, []).extend(entries)
-        gained = self.scheduler.commit(plan, result.token_ids)
+        gained = self.scheduler.commit(plan, result.token_ids, is_advanced=is_advanced)
         self._count(plan, gained)
-        return [self._output(sequence, tokens, result) for sequence, tokens in gained.items()]
+        return outputs + [self._output(sequence, tokens, result) for sequence, tokens in gained.items()]
 
     def _output(self, sequence: Sequence, tokens: list[int], result: StepResult) -> TokenOutput:
         logprobs = result.logprobs.get(sequence)
@@ -245,8 +280,15 @@ class Engine:
 
     def close(self) -> None:
         """End everything that is alive. The engine takes no request afterwards."""
+        self._in_flight = None
         self.scheduler.end([*self.scheduler.running, *self.scheduler.waiting], FinishReason.ABORT)
         self._prompt_logprobs.clear()
+
+
+def _runner(model: Decoder, cache: KVCache, config: EngineConfig, max_model_len: int) -> Runner:
+    if model.kernels != "triton" or gpu_provider.unsupported() is not None:
+        return Runner(model, cache, config.scheduler.max_num_seqs, max_model_len)
+    return GpuRunner(model, cache, config.scheduler.max_num_seqs, max_model_len)
 
 
 def set_torch_threads(config: EngineConfig, model: Decoder | None = None) -> None:
@@ -256,9 +298,9 @@ def set_torch_threads(config: EngineConfig, model: Decoder | None = None) -> Non
 
 
 def kernels_text(model: Decoder, config: EngineConfig) -> str:
-    """What runs the ops of `model`, for start lines; empty on a GPU."""
+    """What runs the ops of `model`, for start lines."""
     if model.device.type != "cpu":
-        return ""
+        return gpu_provider.describe() if model.kernels == "triton" else "reference kernels"
     if model.kernels == "native" or (config.kernels == "auto" and native.load() is None):
         return native.describe()
     return "reference kernels"

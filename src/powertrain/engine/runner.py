@@ -61,7 +61,9 @@ class Runner:
             sequence, stop = chunk.sequence, chunk.start + chunk.count
             known = sequence.token_ids[chunk.start : stop]
             token_ids += known
-            token_ids += chunk.drafts[: chunk.count - len(known)]
+            missing = chunk.count - len(known)
+            token_ids += chunk.drafts[:missing]
+            token_ids += [0] * (missing - len(chunk.drafts))  # pending: known to the device only
             # the blocks of what is computed are in the array since the step that computed it
             first = 0 if chunk.is_new else -(-chunk.start // block_size)
             if new := sequence.block_table[first:]:

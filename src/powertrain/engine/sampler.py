@@ -49,12 +49,16 @@ def uniform(seed: int, index: int, position: int) -> float:
     return (mixed >> 11) * 2.0**-53
 
 
+def needs_only_logits(row: Row) -> bool:
+    """Whether logits and settings alone give the row's token: no penalty, no bias, no log-probabilities."""
+    return row.sampling.logprobs is None and not _has_penalties(row) and not _has_edits(row)
+
+
 def num_candidates(row: Row) -> int | None:
     """How many of its largest logits are enough to draw a row's token; None where it needs all of them."""
-    sampling = row.sampling
-    if sampling.logprobs is not None or _has_penalties(row) or _has_edits(row):
+    if not needs_only_logits(row):
         return None
-    return 1 if sampling.is_greedy else _num_short(sampling)
+    return 1 if row.sampling.is_greedy else _num_short(row.sampling)
 
 
 def _num_short(sampling: SamplingParams) -> int | None:

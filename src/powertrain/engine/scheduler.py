@@ -24,7 +24,10 @@ class Proposer(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One of a request's n continuations, from arrival to its last token. `slot` is -1 while it is not running."""
+    """One of a request's n continuations, from arrival to its last token. `slot` is -1 while it is not running.
+
+    `num_pending` of its tokens, beyond `token_ids`, are being computed: known to the device only.
+    """
 
     request: Request
     index: int
@@ -32,6 +35,7 @@ class Sequence:
     token_ids: list[int]
     seed: int = 0
     num_computed: int = 0
+    num_pending: int = 0
     num_published: int = 0
     drafts: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
@@ -49,6 +53,11 @@ class Sequence:
     @property
     def num_prompt(self) -> int:
         return len(self.request.prompt_token_ids)
+
+    @property
+    def num_known(self) -> int:
+        """Tokens that there are, here or on the device."""
+        return len(self.token_ids) + self.num_pending
 
     @property
     def num_output(self) -> int:
@@ -149,6 +158,9 @@ class Scheduler:
         position = 0
         while position < len(self.running) and budget > 0:
             sequence = self.running[position]
+            if sequence.num_pending and sequence.num_known >= sequence.max_length:
+                position += 1  # its last token is under way
+                continue
             chunk = self._extend(sequence, budget)
             if chunk is None:
                 continue  # somebody at the tail was preempted, perhaps this one: look at the same position again
@@ -161,7 +173,7 @@ class Scheduler:
 
     def _extend(self, sequence: Sequence, budget: int) -> Chunk | None:
         """The next chunk of a running sequence, or None after preempting the youngest one for its blocks."""
-        num_known = len(sequence.token_ids)
+        num_known = sequence.num_known
         gap = num_known - sequence.num_computed
         sequence.drafts = self._draft(sequence, budget - gap) if gap == 1 else []
         count = min(gap + len(sequence.drafts), budget)
@@ -183,7 +195,7 @@ class Scheduler:
         return self.proposer.propose(sequence.token_ids, room)[:room] if room > 0 else []
 
     def _chunk(self, sequence: Sequence, count: int, *, is_new: bool) -> Chunk:
-        reaches_end = sequence.num_computed + count >= len(sequence.token_ids)
+        reaches_end = sequence.num_computed + count >= sequence.num_known
         return Chunk(sequence, sequence.num_computed, count, tuple(sequence.drafts), reaches_end, is_new)
 
     def _num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
@@ -202,6 +214,8 @@ class Scheduler:
         held_back: list[Sequence] = []
         while self.waiting and budget > 0 and self._free_slots:
             sequence = self.waiting[0]
+            if sequence.num_pending:
+                break  # preempted while a token of its own is under way: it starts over once that is known
             if sequence.waits_for_leader and self.pool.is_caching:
                 held_back.append(self.waiting.popleft())
                 continue
@@ -257,21 +271,36 @@ class Scheduler:
 
     # -- commit ------------------------------------------------------------------------------------------------
 
-    def commit(self, plan: Plan, sampled: abc.Mapping[Sequence, abc.Sequence[int]]) -> dict[Sequence, list[int]]:
+    def advance(self, plan: Plan) -> None:
+        """Take a plan without drafts for computed before it is, so that the next can be made: its tokens are pending.
+
+        A pending token may turn out to end its sequence; then what the next plan computes of it is wasted, one row.
+        """
+        for chunk in plan.chunks:
+            chunk.sequence.num_computed += chunk.count
+            chunk.sequence.num_pending += chunk.samples
+
+    def commit(
+        self, plan: Plan, sampled: abc.Mapping[Sequence, abc.Sequence[int]], *, is_advanced: bool = False
+    ) -> dict[Sequence, list[int]]:
         """Book a step: `sampled` holds, per sequence whose chunk samples, the accepted drafts and one token more.
 
-        Returns the tokens each sequence really gained (cut at its end). Sequences aborted meanwhile are skipped.
+        Returns the tokens each sequence really gained (cut at its end). Sequences ended meanwhile are skipped.
+        `is_advanced` tells that `advance` has booked the plan's progress already.
         """
         gained: dict[Sequence, list[int]] = {}
         for chunk in plan.chunks:
+            if is_advanced:
+                chunk.sequence.num_pending -= chunk.samples
             if not chunk.sequence.is_finished:
-                self._book(chunk, list(sampled.get(chunk.sequence, ())), gained)
+                self._book(chunk, list(sampled.get(chunk.sequence, ())), gained, is_advanced=is_advanced)
         return gained
 
-    def _book(self, chunk: Chunk, new: list[int], gained: dict[Sequence, list[int]]) -> None:
+    def _book(self, chunk: Chunk, new: list[int], gained: dict[Sequence, list[int]], *, is_advanced: bool) -> None:
         sequence = chunk.sequence
-        num_rejected = len(chunk.drafts) - max(0, len(new) - 1)
-        sequence.num_computed += chunk.count - num_rejected
+        if not is_advanced:
+            num_rejected = len(chunk.drafts) - max(0, len(new) - 1)
+            sequence.num_computed += chunk.count - num_rejected
         if chunk.samples:
             gained[sequence] = self._append(sequence, new)
         sequence.drafts = []

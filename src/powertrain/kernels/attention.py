@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from powertrain.kernels.fused import apply_rope, rms_norm
+from powertrain.kernels.gpu_provider import triton_provider
 from powertrain.kernels.op import Op
 
 
@@ -40,6 +43,28 @@ class AttentionStep:
     def block_tables(self) -> torch.Tensor:
         return self._tensor(self.tables)
 
+    @classmethod
+    def of_decodes(
+        cls,
+        positions: torch.Tensor,
+        context_lens: torch.Tensor,
+        slots: torch.Tensor,
+        block_tables: torch.Tensor,
+        block_size: int,
+    ) -> AttentionStep:
+        """Decodes alone whose places are known to the device only, as a captured graph has them.
+
+        All int64, [sequences] and [sequences, blocks]. A row with context 0 is padding: its slot is negative.
+        """
+        num_seqs, num_blocks = block_tables.shape
+        longest = num_blocks * block_size
+        step = cls(
+            [1] * num_seqs, [longest] * num_seqs, np.empty((num_seqs, 0), dtype=np.int64), block_size, positions.device
+        )
+        # given here, what the properties would make from the lists above
+        vars(step).update(positions=positions, context_lens_tensor=context_lens, slots=slots, block_tables=block_tables)
+        return step
+
     @cached_property
     def num_decodes(self) -> int:
         """How many leading sequences have one token."""
@@ -63,8 +88,8 @@ class AttentionStep:
         return self._tensor(self.tables[rows, blocks] * self.block_size + offsets)
 
     @cached_property
-    def masks(self) -> dict[int | None, torch.Tensor]:
-        """Additive masks of the decodes by window, made by the first layer that needs one."""
+    def shared(self) -> dict[Any, Any]:
+        """What the first layer makes for all: the decodes' masks, their split, the prompts' tiles."""
         return {}
 
     @cached_property
@@ -83,6 +108,30 @@ def _write_kv(key_value: torch.Tensor, cache: torch.Tensor, step: AttentionStep)
     cache: [blocks, block_size, 2 * kv_heads, d]: one copy in and one gather out serve both.
     """
     cache.view(-1, *key_value.shape[1:]).index_copy_(0, step.slots, key_value.to(cache.dtype))
+
+
+def _rotate_and_write(
+    qkv: torch.Tensor,
+    rope: tuple[torch.Tensor, torch.Tensor],
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    eps: float,
+    cache: torch.Tensor,
+    step: AttentionStep,
+) -> torch.Tensor:
+    """Norm and rotate queries and keys in place, store keys and values, return the queries [tokens, heads, d].
+
+    qkv: [tokens, heads + 2 * kv_heads, d]: queries, keys, values; `rope` as `apply_rope` takes it; `norms`: weights [d]
+    of the queries' and the keys' RMSNorm (Qwen3), or None; cache and step as in `write_kv`.
+    """
+    num_kv_heads = cache.shape[2] // 2
+    num_heads = qkv.shape[1] - 2 * num_kv_heads
+    query_key = qkv[:, : num_heads + num_kv_heads]
+    if norms is not None:
+        query_key[:, :num_heads] = rms_norm(query_key[:, :num_heads].contiguous(), norms[0], eps)
+        query_key[:, num_heads:] = rms_norm(query_key[:, num_heads:].contiguous(), norms[1], eps)
+    apply_rope(query_key, *rope)
+    write_kv(qkv[:, num_heads:], cache, step)
+    return qkv[:, :num_heads]
 
 
 def _paged_attention(query: torch.Tensor, cache: torch.Tensor, step: AttentionStep, window: int | None) -> torch.Tensor:
@@ -134,7 +183,7 @@ def _decode_mask(
     step: AttentionStep, num_seqs: int, width: int, window: int | None, query: torch.Tensor
 ) -> torch.Tensor:
     """0 where a decode may look and -inf elsewhere: [sequences, 1, 1, width] in the query's dtype."""
-    mask = step.masks.get(window)
+    mask: torch.Tensor | None = step.shared.get(("mask", window))
     if mask is None:
         at = torch.arange(width, device=query.device)
         lens = step.context_lens_tensor[:num_seqs].unsqueeze(1)
@@ -142,7 +191,7 @@ def _decode_mask(
         if window is not None:
             hidden |= at < lens - window
         mask = query.new_zeros(num_seqs, width).masked_fill_(hidden, -torch.inf).view(num_seqs, 1, 1, width)
-        step.masks[window] = mask
+        step.shared["mask", window] = mask
     return mask
 
 
@@ -192,4 +241,5 @@ def attention_backends(device: torch.device) -> AbstractContextManager[None]:
 
 
 write_kv = Op("write_kv", _write_kv)
-paged_attention = Op("paged_attention", _paged_attention)
+rotate_and_write = Op("rotate_and_write", _rotate_and_write, (triton_provider("fused", "rotate_and_write"),))
+paged_attention = Op("paged_attention", _paged_attention, (triton_provider("attention", "paged_attention"),))

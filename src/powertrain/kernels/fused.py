@@ -1,9 +1,10 @@
-"""Small ops around the matrix products: RMSNorm, rotary embedding, gated activation. References only for now."""
+"""Small ops around the matrix products: RMSNorm, rotary embedding, gated activation."""
 
 from __future__ import annotations
 
 import torch
 
+from powertrain.kernels.gpu_provider import triton_provider
 from powertrain.kernels.op import Op
 
 
@@ -18,6 +19,11 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
     inverse = norm.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
     normed = wide * inverse
     return normed.mul_(weight) if x.dtype == torch.float32 else normed.to(x.dtype) * weight
+
+
+def _add_rms_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x += delta, in place; then the norm of x. Both [..., d], contiguous, of one dtype."""
+    return _rms_norm(x.add_(delta), weight, eps)
 
 
 def _apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -37,6 +43,7 @@ def _silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-rms_norm = Op("rms_norm", _rms_norm)
+rms_norm = Op("rms_norm", _rms_norm, (triton_provider("fused", "rms_norm"),))
+add_rms_norm = Op("add_rms_norm", _add_rms_norm, (triton_provider("fused", "add_rms_norm"),))
 apply_rope = Op("apply_rope", _apply_rope)
-silu_mul = Op("silu_mul", _silu_mul)
+silu_mul = Op("silu_mul", _silu_mul, (triton_provider("fused", "silu_mul"),))

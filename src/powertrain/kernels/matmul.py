@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import torch
 
+from powertrain.kernels.fused import silu_mul
+from powertrain.kernels.gpu_provider import triton_provider
 from powertrain.kernels.op import Op, Provider
 
 MAX_PACKED_ROWS = 64
+MAX_SKINNY_ROWS = 64
 
 
 def can_block_dense() -> bool:
@@ -89,5 +92,27 @@ def _accepts_int4(
     return None
 
 
+def _dense_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [rows, in] times the transposed weight [out, in] of the same dtype."""
+    return torch.nn.functional.linear(x, weight)
+
+
+def _gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of x [rows, in], the weight [2 f, in] holding gate above up. Returns [rows, f]."""
+    return silu_mul(torch.nn.functional.linear(x, weight))
+
+
+def _refuse_many_rows(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    if x.shape[0] > MAX_SKINNY_ROWS:
+        return f"{x.shape[0]} rows: the library's product is faster above {MAX_SKINNY_ROWS}"
+    return None if x.is_contiguous() and weight.is_contiguous() else "rows are not contiguous"
+
+
+def _skinny(function: str) -> Provider[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    return triton_provider("matmul", function, _refuse_many_rows)
+
+
+dense_linear = Op("dense_linear", _dense_linear, (_skinny("dense_linear"),))
+gated_linear = Op("gated_linear", _gated_linear, (_skinny("gated_linear"),))
 int8_linear = Op("int8_linear", _int8_linear, (Provider("torch", _int8_linear_torch, _accepts_int8),))
 int4_linear = Op("int4_linear", _int4_linear, (Provider("torch", _int4_linear_torch, _accepts_int4),))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from powertrain.config import INT8_CACHE_IS_NATIVE, KVCacheDType
 from powertrain.kernels.attention import AttentionStep, attention_backends
+from powertrain.kernels.op import reference_only
 from powertrain.model.families import ModelConfig
 from powertrain.model.layers import Block, Linear, RMSNorm, Rope
 from powertrain.model.weights import Dense
@@ -44,7 +46,7 @@ class Decoder:
     the caches it makes: that of its activations unless `with_kv_cache_dtype` says otherwise.
     """
 
-    kernels: Literal["native", "reference"] = "reference"
+    kernels: Literal["native", "triton", "reference"] = "reference"
     multiplies_integers = False
     """Whether products run on rounded activations, in integers: faster than a peak in floats says."""
 
@@ -78,15 +80,22 @@ class Decoder:
         """token_ids: int64 [tokens] of this step. Writes their keys and values, returns hidden [tokens, hidden]."""
         x = self.embedding.index_select(0, token_ids)
         rope = self.rope.at(step.positions)
-        with attention_backends(x.device):
+        delta: torch.Tensor | None = None
+        with attention_backends(x.device), self._providers():
             for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
-                x = block(x, rope, layer_cache, step)
-        return x
+                delta = block(x, delta, rope, layer_cache, step)
+        return x if delta is None else x.add_(delta)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32 logits [rows, vocab] of hidden [rows, hidden]; callers pass only the rows they need."""
-        return self.head(self.norm(hidden)).float()
+        return self.raw_logits(hidden).float()
+
+    @torch.inference_mode()
+    def raw_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits as the head's product leaves them, in the dtype of the activations."""
+        with self._providers():
+            return self.head(self.norm(hidden))
 
     @torch.inference_mode()
     def top_logits(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -96,6 +105,10 @@ class Decoder:
         logits is a NaN or infinite, and then the rest of the row means nothing.
         """
         return top_of(self.logits(hidden), k)
+
+    def _providers(self) -> AbstractContextManager[None]:
+        """On a GPU, what `kernels` says of the ops' providers."""
+        return reference_only(self.kernels == "reference" and self.device.type == "cuda")
 
     def with_kv_cache_dtype(self, dtype: KVCacheDType) -> Decoder:
         """The same decoder with caches of another type; `auto` leaves it as it is. Raises `PowertrainError`."""

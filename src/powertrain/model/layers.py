@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from powertrain.kernels.attention import AttentionStep, paged_attention, write_kv
-from powertrain.kernels.fused import apply_rope, rms_norm, silu_mul
+from powertrain.kernels.attention import AttentionStep, paged_attention, rotate_and_write
+from powertrain.kernels.fused import add_rms_norm, rms_norm, silu_mul
 from powertrain.model.families import ModelConfig
-from powertrain.model.weights import WeightFormat
+from powertrain.model.weights import Dense, WeightFormat
 
 
 class Linear:
@@ -24,6 +24,13 @@ class Linear:
         parts = [weight.matmul(x) for weight in self.formats]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return out if self.bias is None else out + self.bias
+
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """silu of the first half of the outputs times the second half, [tokens, out / 2]."""
+        fused = None
+        if self.bias is None and len(self.formats) == 1 and isinstance(self.formats[0], Dense):
+            fused = self.formats[0].gated_matmul(x)
+        return silu_mul(self(x)) if fused is None else fused
 
     def step_bytes(self) -> int:
         return sum(weight.step_bytes() for weight in self.formats)
@@ -39,6 +46,10 @@ class RMSNorm:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def after(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """The norm of x + delta, which x becomes."""
+        return add_rms_norm(x, delta, self.weight, self.eps)
 
 
 class Rope:
@@ -104,14 +115,11 @@ class Attention:
         step: AttentionStep,
     ) -> torch.Tensor:
         qkv = self.qkv(x).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
-        num_rotated = self.num_heads + self.num_kv_heads
-        query_key = qkv[:, :num_rotated]
+        norms, eps = None, 0.0
         if self.query_norm is not None and self.key_norm is not None:
-            query_key[:, : self.num_heads] = self.query_norm(query_key[:, : self.num_heads])
-            query_key[:, self.num_heads :] = self.key_norm(query_key[:, self.num_heads :])
-        apply_rope(query_key, *rope)
-        write_kv(qkv[:, self.num_heads :], cache, step)
-        out = paged_attention(qkv[:, : self.num_heads], cache, step, self.window)
+            norms, eps = (self.query_norm.weight, self.key_norm.weight), self.query_norm.eps
+        query = rotate_and_write(qkv, rope, norms, eps, cache, step)
+        out = paged_attention(query, cache, step, self.window)
         return self.output(out.reshape(x.shape[0], -1))
 
 
@@ -123,12 +131,12 @@ class GatedMLP:
     down: Linear
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(silu_mul(self.gate_up(x)))
+        return self.down(self.gate_up.gated(x))
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One pre-norm transformer layer."""
+    """One pre-norm transformer layer. What it adds to the stream x is handed on and added with the next norm."""
 
     attention_norm: RMSNorm
     attention: Attention
@@ -138,12 +146,15 @@ class Block:
     def __call__(
         self,
         x: torch.Tensor,
+        delta: torch.Tensor | None,
         rope: tuple[torch.Tensor, torch.Tensor],
         cache: torch.Tensor,
         step: AttentionStep,
     ) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, cache, step)
-        return x + self.mlp(self.mlp_norm(x))
+        """x [tokens, hidden] becomes x + delta + this layer's attention; returns what its MLP adds."""
+        normed = self.attention_norm(x) if delta is None else self.attention_norm.after(x, delta)
+        attended = self.attention(normed, rope, cache, step)
+        return self.mlp(self.mlp_norm.after(x, attended))
 
     def linears(self) -> list[Linear]:
         return [self.attention.qkv, self.attention.output, self.mlp.gate_up, self.mlp.down]

@@ -11,7 +11,9 @@ from powertrain.kernels.matmul import (
     block_dense,
     blocked_linear,
     can_block_dense,
+    dense_linear,
     dequantize_int4,
+    gated_linear,
     int4_linear,
     int8_linear,
 )
@@ -90,7 +92,13 @@ class Dense:
         if self._blocked is not None:
             return blocked_linear(x, self._blocked)
         assert self._weight is not None
-        return x @ self._weight if x.device.type == "cpu" else torch.nn.functional.linear(x, self._weight)
+        return x @ self._weight if x.device.type == "cpu" else dense_linear(x, self._weight)
+
+    def gated_matmul(self, x: torch.Tensor) -> torch.Tensor | None:
+        """silu(gate) * up [rows, out / 2] where that is one product, with gate above up; else None."""
+        if self._weight is None or x.device.type == "cpu":
+            return None
+        return gated_linear(x, self._weight)
 
     def unpack(self) -> torch.Tensor:
         if self._blocked is not None:

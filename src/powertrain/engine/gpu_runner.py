@@ -1,0 +1,187 @@
+"""Plan to tokens on a GPU, without waiting: a step is launched, and its tokens are fetched when they are wanted.
+
+Steps of single tokens replay a captured graph. The last token of each sequence stays on the device, so that the next
+step can be launched before the host has seen it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
+
+import torch
+
+from powertrain.engine.graph import DecodeGraphs, DeviceState, RowInputs
+from powertrain.engine.runner import Runner, StepResult
+from powertrain.engine.sampler import Row, needs_only_logits, uniform
+from powertrain.engine.scheduler import Chunk, Plan, Sequence
+from powertrain.model.decoder import Decoder, KVCache
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step on its way: its sampling sequences in row order, their tokens in host memory once `done` has passed."""
+
+    sequences: list[Sequence]
+    tokens: torch.Tensor
+    done: torch.cuda.Event
+
+    def collect(self) -> StepResult:
+        """Wait for the tokens."""
+        self.done.synchronize()
+        result = StepResult()
+        for sequence, token in zip(self.sequences, self.tokens.tolist(), strict=False):
+            if token < 0:
+                result.failed.add(sequence)
+            result.token_ids[sequence] = [token] if token >= 0 else []
+        return result
+
+
+class GpuRunner(Runner):
+    """A `Runner` whose plain steps can be launched ahead of their results."""
+
+    def __init__(
+        self, model: Decoder, cache: KVCache, max_num_seqs: int, max_model_len: int, *, use_graphs: bool = True
+    ) -> None:
+        super().__init__(model, cache, max_num_seqs, max_model_len)
+        device = model.device
+        width = self._tables.shape[1]
+        self._state = DeviceState(
+            torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device),
+            torch.zeros(max_num_seqs + 1, width, dtype=torch.int64, device=device),
+        )
+        # two steps may be under way, and each reads its inputs when its turn comes
+        self._inputs_of = [RowInputs.empty(max_num_seqs, "cpu", pinned=True) for _ in range(3)]
+        self._turn = 0
+        self._use_graphs = use_graphs
+        self._graphs: DecodeGraphs | None = None
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Capture the decode graphs; before it, every step is launched kernel by kernel."""
+        if self._use_graphs:
+            self._graphs = DecodeGraphs(self.model, self.cache, self._state, self._tables.shape[0])
+
+    @staticmethod
+    def can_launch(plan: Plan) -> bool:
+        """Whether no row of the plan needs its context, its logits or a draft on the host."""
+        return all(is_plain(chunk.sequence) and not chunk.drafts for chunk in plan.chunks)
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan) -> Launched:
+        """Start a step for which `can_launch` holds."""
+        chunks = sorted(plan.chunks, key=lambda chunk: chunk.count != 1)
+        sampling = [chunk for chunk in chunks if chunk.samples and not _is_full(chunk)]
+        is_decode = len(sampling) == len(chunks) and all(chunk.count == 1 and not chunk.is_new for chunk in chunks)
+        size = self._graphs.size_for(len(chunks)) if is_decode and self._graphs is not None else None
+        if size is not None:
+            assert self._graphs is not None
+            tokens = self._graphs.replay(size, self._fill(chunks, size, with_blocks=True))[: len(chunks)]
+        else:
+            tokens = self._launch_eager(chunks, sampling)
+        host = torch.empty(len(sampling), dtype=torch.int64, pin_memory=True)
+        host.copy_(tokens, non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        return Launched([chunk.sequence for chunk in sampling], host, done)
+
+    def execute(self, plan: Plan) -> StepResult:
+        """Run one step and wait for it, whatever its rows need."""
+        if self.can_launch(plan):
+            return self.launch(plan).collect()
+        self._store_blocks(plan.chunks)
+        result = super().execute(plan)
+        slots = [sequence.slot for sequence, tokens in result.token_ids.items() if tokens]
+        last = [tokens[-1] for tokens in result.token_ids.values() if tokens]
+        if slots:
+            self._state.last_tokens.index_copy_(0, self._tensor(slots), self._tensor(last))
+        return result
+
+    def _launch_eager(self, chunks: ListLike[Chunk], sampling: ListLike[Chunk]) -> torch.Tensor:
+        from powertrain.kernels.gpu.sampling import Draws, draw_tokens
+
+        self._store_blocks(chunks)
+        token_ids, step = self._inputs(chunks)
+        token_ids = self._with_pending(chunks, token_ids)
+        hidden = self.model.forward(token_ids, step, self.cache)
+        if not sampling:
+            return hidden.new_empty(0, dtype=torch.int64)
+        ends, end = [], 0
+        for chunk in chunks:
+            end += chunk.count
+            if chunk.samples and not _is_full(chunk):
+                ends.append(end - 1)
+        rows = self._take(hidden, ends, end)
+        inputs = RowInputs.empty(len(sampling), self.model.device)
+        inputs.copy_from(self._fill(sampling, len(sampling), with_blocks=False))
+        temperature, numbers, top_p, min_p = inputs.floats.unbind()
+        draws = Draws(temperature, numbers, top_p, min_p, inputs.integers[3].to(torch.int32))
+        tokens = draw_tokens(self.model.raw_logits(rows).contiguous(), draws)
+        self._state.last_tokens.index_copy_(0, inputs.integers[0], tokens)
+        return tokens
+
+    def _with_pending(self, chunks: ListLike[Chunk], token_ids: torch.Tensor) -> torch.Tensor:
+        """The step's token ids with those filled in that only the device knows yet."""
+        at, slots, row = [], [], 0
+        for chunk in chunks:
+            if chunk.start + chunk.count > len(chunk.sequence.token_ids):
+                at.append(row + chunk.count - 1)
+                slots.append(chunk.sequence.slot)
+            row += chunk.count
+        if not at:
+            return token_ids
+        known = self._state.last_tokens.index_select(0, self._tensor(slots)).clamp_(min=0)
+        return token_ids.index_copy_(0, self._tensor(at), known)
+
+    def _store_blocks(self, chunks: ListLike[Chunk]) -> None:
+        """Put the chunks' new blocks in the device's tables."""
+        rows: list[int] = []
+        columns: list[int] = []
+        blocks: list[int] = []
+        for chunk in chunks:
+            first = 0 if chunk.is_new else -(-chunk.start // self.cache.block_size)
+            new = chunk.sequence.block_table[first:]
+            rows += [chunk.sequence.slot] * len(new)
+            columns += range(first, first + len(new))
+            blocks += new
+        if blocks:
+            self._state.tables.index_put_((self._tensor(rows), self._tensor(columns)), self._tensor(blocks))
+
+    def _fill(self, chunks: ListLike[Chunk], size: int, *, with_blocks: bool) -> RowInputs:
+        """The chunks' rows, then padding, in one of the pinned buffers."""
+        buffer = self._inputs_of[self._turn]
+        self._turn = (self._turn + 1) % len(self._inputs_of)
+        inputs = buffer.first(size)
+        integers, floats = inputs.integers.numpy(), inputs.floats.numpy()
+        integers[:, len(chunks) :] = [[self._state.padding_slot], [0], [-1], [0]]
+        floats[:, len(chunks) :] = 0.0
+        rows = []
+        settings = []
+        for chunk in chunks:
+            sequence, sampling = chunk.sequence, chunk.sequence.request.sampling
+            stop = chunk.start + chunk.count
+            first = -(-chunk.start // self.cache.block_size)
+            new = sequence.block_table[first] if with_blocks and first < len(sequence.block_table) else -1
+            if new >= 0:
+                self._tables[sequence.slot, first] = new
+            rows.append((sequence.slot, stop, new, sampling.top_k))
+            if sampling.is_greedy:
+                settings.append((0.0, 0.0, 1.0, 0.0))
+            else:
+                number = uniform(sequence.seed, sequence.index, stop)
+                settings.append((max(sampling.temperature, 1e-5), number, sampling.top_p, sampling.min_p))
+        integers[:, : len(chunks)] = list(zip(*rows, strict=True))
+        floats[:, : len(chunks)] = list(zip(*settings, strict=True))
+        return inputs
+
+
+def _is_full(chunk: Chunk) -> bool:
+    """Whether the sequence wants no token at all: max_tokens 0."""
+    return len(chunk.sequence.token_ids) >= chunk.sequence.max_length
+
+
+def is_plain(sequence: Sequence) -> bool:
+    """Whether a step can give the sequence's next token without the host seeing its logits or its last token."""
+    sampling = sequence.request.sampling
+    row = Row(sampling, sequence.token_ids, sequence.num_prompt, sequence.request.eos_token_ids, 0, 0)
+    return sampling.prompt_logprobs is None and needs_only_logits(row)

@@ -1,0 +1,116 @@
+"""Captured decode steps: from the last token of each sequence to its next one, without the host in between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from powertrain.kernels.attention import AttentionStep
+from powertrain.model.decoder import Decoder, KVCache
+
+MAX_ROWS = 512
+_SMALL_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """What stays on the device between steps, by slot; the row past the last slot is for padding.
+
+    last_tokens: int64 [slots + 1]; tables: int64 [slots + 1, blocks].
+    """
+
+    last_tokens: torch.Tensor
+    tables: torch.Tensor
+
+    @property
+    def padding_slot(self) -> int:
+        return self.last_tokens.shape[0] - 1
+
+
+@dataclass(frozen=True, slots=True)
+class RowInputs:
+    """A step's rows as the host hands them over, in two tensors that one copy each fills.
+
+    integers: int64 [4, rows]: slot, length with this token, block that begins with it or -1, top_k;
+    floats: float32 [4, rows]: temperature, uniform number, top_p, min_p.
+    """
+
+    integers: torch.Tensor
+    floats: torch.Tensor
+
+    @classmethod
+    def empty(cls, num_rows: int, device: torch.device | str, *, pinned: bool = False) -> RowInputs:
+        return cls(
+            torch.zeros(4, num_rows, dtype=torch.int64, device=device, pin_memory=pinned),
+            torch.zeros(4, num_rows, dtype=torch.float32, device=device, pin_memory=pinned),
+        )
+
+    def first(self, num_rows: int) -> RowInputs:
+        """The same memory for fewer rows, without gaps."""
+        integers, floats = (part.view(-1)[: 4 * num_rows].view(4, num_rows) for part in (self.integers, self.floats))
+        return RowInputs(integers, floats)
+
+    def copy_from(self, other: RowInputs) -> None:
+        self.integers.copy_(other.integers, non_blocking=True)
+        self.floats.copy_(other.floats, non_blocking=True)
+
+
+def decode_step(model: Decoder, cache: KVCache, state: DeviceState, inputs: RowInputs) -> torch.Tensor:
+    """One token for each row: int64 [rows], -1 where its logits were not finite; `state` knows it afterwards."""
+    from powertrain.kernels.gpu.inputs import decode_inputs
+    from powertrain.kernels.gpu.sampling import Draws, draw_tokens
+
+    slots, context_lens, new_blocks, top_k = inputs.integers.unbind()
+    made = decode_inputs(slots, context_lens, new_blocks, state.last_tokens, state.tables, cache.block_size)
+    token_ids, positions, places, block_tables = made
+    step = AttentionStep.of_decodes(positions, context_lens, places, block_tables, cache.block_size)
+    hidden = model.forward(token_ids, step, cache)
+    temperature, uniform, top_p, min_p = inputs.floats.unbind()
+    draws = Draws(temperature, uniform, top_p, min_p, top_k.to(torch.int32))
+    tokens = draw_tokens(model.raw_logits(hidden), draws)
+    state.last_tokens.index_copy_(0, slots, tokens)
+    return tokens
+
+
+class DecodeGraphs:
+    """`decode_step` captured as CUDA graphs for a few numbers of rows, which share their memory."""
+
+    def __init__(self, model: Decoder, cache: KVCache, state: DeviceState, max_rows: int) -> None:
+        """Captures at once, largest first: what the smaller ones need fits in its memory."""
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, RowInputs, torch.Tensor]] = {}
+        self._padding_slot = state.padding_slot
+        pool = None
+        for size in reversed(graph_sizes(max_rows)):
+            inputs = RowInputs.empty(size, model.device)
+            inputs.integers[0] = state.padding_slot
+            inputs.integers[2] = -1
+            decode_step(model, cache, state, inputs)  # compiles, and lets libraries set themselves up
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                tokens = decode_step(model, cache, state, inputs)
+            pool = graph.pool()
+            self._graphs[size] = (graph, inputs, tokens)
+        self.sizes = sorted(self._graphs)
+
+    def size_for(self, num_rows: int) -> int | None:
+        """The smallest captured size that holds the rows; None where none does."""
+        return next((size for size in self.sizes if size >= num_rows), None)
+
+    def replay(self, size: int, inputs: RowInputs) -> torch.Tensor:
+        """Run the step of `size` rows; the result is the graph's own and lasts until the next replay."""
+        graph, own, tokens = self._graphs[size]
+        own.copy_from(inputs)
+        graph.replay()
+        return tokens
+
+
+def graph_sizes(max_rows: int) -> Sequence[int]:
+    """Numbers of rows worth a graph, the largest at least `max_rows` unless that is above 512.
+
+    Padding costs little next to the weights that every step reads, so the sizes grow by about a quarter.
+    """
+    top = min(max_rows, MAX_ROWS)
+    sizes = [*_SMALL_SIZES, *range(96, 257, 32), *range(320, MAX_ROWS + 1, 64)]
+    return [size for size in sizes if size < top] + [top]

@@ -1,0 +1,176 @@
+"""Triton kernels for what lies between the matrix products: norms, rotation with the cache write, gated activation."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from powertrain.kernels.attention import AttentionStep
+from powertrain.kernels.gpu.launch import launch_options, wait_turn
+
+
+@triton.jit
+def _add_rms_norm_kernel(
+    x, delta, weight, out, num_columns, eps, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    wait_turn(PDL)
+    row = tl.program_id(0).to(tl.int64) * num_columns
+    columns = tl.arange(0, BLOCK)
+    inside = columns < num_columns
+    value = tl.load(x + row + columns, inside, other=0.0)
+    if HAS_DELTA:
+        added = value.to(tl.float32) + tl.load(delta + row + columns, inside, other=0.0).to(tl.float32)
+        value = added.to(value.dtype)
+        tl.store(x + row + columns, value, inside)
+    wide = value.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(wide * wide) / num_columns + eps)
+    # rounded before the weight comes in, as the reference does
+    normed = (wide * inverse).to(value.dtype).to(tl.float32)
+    scaled = normed * tl.load(weight + columns, inside, other=0.0).to(tl.float32)
+    tl.store(out + row + columns, scaled.to(value.dtype), inside)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`kernels.fused.rms_norm` of contiguous rows."""
+    return _norm(x, None, weight, eps)
+
+
+def add_rms_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`kernels.fused.add_rms_norm` of contiguous rows."""
+    return _norm(x, delta, weight, eps)
+
+
+def _norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    out = torch.empty_like(x)
+    width = x.shape[-1]
+    block = triton.next_power_of_2(width)
+    grid = (x.numel() // width,)
+    _add_rms_norm_kernel[grid](
+        x,
+        delta,
+        weight,
+        out,
+        width,
+        eps,
+        HAS_DELTA=delta is not None,
+        BLOCK=block,
+        num_warps=_num_warps(block),
+        **launch_options(x),
+    )
+    return out
+
+
+def _num_warps(block: int) -> int:
+    return min(16, max(1, block // 512))
+
+
+@triton.jit
+def _silu_mul_kernel(gate_up, out, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_turn(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    gate = tl.load(gate_up + row * 2 * width + columns, inside, other=0.0)
+    up = tl.load(gate_up + row * 2 * width + width + columns, inside, other=0.0)
+    wide = gate.to(tl.float32)
+    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
+    tl.store(out + row * width + columns, (silu * up.to(tl.float32)).to(gate.dtype), inside)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """`kernels.fused.silu_mul` of contiguous rows."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, width)
+    block = min(1024, triton.next_power_of_2(width))
+    _silu_mul_kernel[(rows, triton.cdiv(width, block))](
+        gate_up, out, width, BLOCK=block, num_warps=4, **launch_options(gate_up)
+    )
+    return out
+
+
+@triton.jit
+def _norm_rope_write_kernel(
+    qkv,
+    cos,
+    sin,
+    query_norm,
+    key_norm,
+    cache,
+    slots,
+    eps,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_turn(PDL)
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    half: tl.constexpr = DIM // 2
+    columns = tl.arange(0, HALF_BLOCK)
+    inside = columns < half
+    at = qkv + (token * (NUM_HEADS + 2 * NUM_KV_HEADS) + head) * DIM
+    first = tl.load(at + columns, inside, other=0.0)
+    second = tl.load(at + half + columns, inside, other=0.0)
+    dtype = first.dtype
+    low, high = first.to(tl.float32), second.to(tl.float32)
+    is_key = head >= NUM_HEADS
+    if head < NUM_HEADS + NUM_KV_HEADS:
+        if HAS_NORM:
+            inverse = tl.rsqrt((tl.sum(low * low) + tl.sum(high * high)) / DIM + eps)
+            weight = key_norm if is_key else query_norm
+            low = (low * inverse).to(dtype).to(tl.float32)
+            high = (high * inverse).to(dtype).to(tl.float32)
+            low = (low * tl.load(weight + columns, inside, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+            high = (high * tl.load(weight + half + columns, inside, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+        # the tables repeat the halves, and the first half of sin is negated
+        c = tl.load(cos + token * DIM + columns, inside, other=0.0).to(tl.float32)
+        s = tl.load(sin + token * DIM + half + columns, inside, other=0.0).to(tl.float32)
+        rotated = low * c - high * s
+        high = high * c + low * s
+        low = rotated
+    if is_key:
+        slot = tl.load(slots + token)
+        if slot >= 0:  # a padded row of a graph has no place
+            to = cache + (slot * (2 * NUM_KV_HEADS) + head - NUM_HEADS) * DIM
+            tl.store(to + columns, low.to(dtype).to(cache.dtype.element_ty), inside)
+            tl.store(to + half + columns, high.to(dtype).to(cache.dtype.element_ty), inside)
+    else:
+        tl.store(at + columns, low.to(dtype), inside)
+        tl.store(at + half + columns, high.to(dtype), inside)
+
+
+def rotate_and_write(
+    qkv: torch.Tensor,
+    rope: tuple[torch.Tensor, torch.Tensor],
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    eps: float,
+    cache: torch.Tensor,
+    step: AttentionStep,
+) -> torch.Tensor:
+    """`kernels.attention.rotate_and_write`; a negative slot writes nothing."""
+    num_tokens, num_heads_all, dim = qkv.shape
+    num_kv_heads = cache.shape[2] // 2
+    num_heads = num_heads_all - 2 * num_kv_heads
+    cos, sin = rope
+    query_norm, key_norm = norms if norms is not None else (None, None)
+    _norm_rope_write_kernel[(num_tokens, num_heads_all)](
+        qkv,
+        cos,
+        sin,
+        query_norm,
+        key_norm,
+        cache,
+        step.slots,
+        eps,
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        DIM=dim,
+        HALF_BLOCK=triton.next_power_of_2(dim // 2),
+        HAS_NORM=norms is not None,
+        num_warps=1,
+        **launch_options(qkv),
+    )
+    return qkv[:, :num_heads]

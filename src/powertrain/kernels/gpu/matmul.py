@@ -1,0 +1,186 @@
+"""Triton products of few rows with a large matrix: the weights pass through once, at the speed of the memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from powertrain.kernels.gpu.launch import launch_options, prefetch, wait_turn
+
+logger = logging.getLogger(__name__)
+
+LINES_AHEAD = 8  # cache lines of each output's weights that are asked for before the kernel's turn
+
+
+class SkinnyConfig(NamedTuple):
+    """Launch settings: outputs and inputs of one turn, pieces of the inputs that are summed apart, warps, stages."""
+
+    outputs: int
+    inputs: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def _skinny_kernel(
+    x,
+    weight,
+    out,
+    num_rows,
+    out_features,
+    in_features,
+    x_stride,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EVEN: tl.constexpr,
+    GATED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    rows = tl.arange(0, ROWS)
+    inputs = tl.arange(0, INPUTS)
+    turns = tl.cdiv(tl.cdiv(in_features, INPUTS), SPLITS)
+    first = tl.program_id(1) * turns * INPUTS
+    end = tl.minimum(first + turns * INPUTS, in_features)
+    # outputs past the end read the last one again: no mask in the loop
+    own = weight + tl.minimum(columns, out_features - 1).to(tl.int64)[:, None] * in_features
+    if PDL:
+        # the weights are older than any kernel under way: their first lines can come while it still runs
+        lines = first + tl.arange(0, AHEAD) * (128 // (weight.dtype.element_ty.primitive_bitwidth // 8))
+        prefetch(own + tl.minimum(lines, in_features - 1)[None, :])
+    wait_turn(PDL)
+    w_at = own + inputs[None, :]
+    x_at = x + tl.minimum(rows, num_rows - 1)[:, None] * x_stride + inputs[None, :]
+    acc = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    up = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    for start in range(first, end, INPUTS):
+        if EVEN:
+            w = tl.load(w_at + start, eviction_policy="evict_first")
+            a = tl.load(x_at + start)
+        else:
+            inside = (start + inputs < end)[None, :]
+            w = tl.load(w_at + start, inside, other=0.0, eviction_policy="evict_first")
+            a = tl.load(x_at + start, inside, other=0.0)
+        acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION)
+        if GATED:
+            half = out_features.to(tl.int64) * in_features
+            if EVEN:
+                v = tl.load(w_at + half + start, eviction_policy="evict_first")
+            else:
+                v = tl.load(w_at + half + start, inside, other=0.0, eviction_policy="evict_first")
+            up = tl.dot(a, tl.trans(v), up, input_precision=PRECISION)
+    if GATED:
+        # rounded where the product and the activation would be, were they apart
+        gate = acc.to(x.dtype.element_ty).to(tl.float32)
+        silu = (gate / (1.0 + tl.exp(-gate))).to(x.dtype.element_ty).to(tl.float32)
+        acc = silu * up.to(x.dtype.element_ty).to(tl.float32)
+    to = out + (tl.program_id(1) * num_rows + rows)[:, None] * out_features + columns[None, :]
+    tl.store(to, acc.to(out.dtype.element_ty), (rows < num_rows)[:, None] & (columns < out_features)[None, :])
+
+
+@triton.jit
+def _sum_splits_kernel(partial, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_turn(PDL)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(partial + split * size + at, inside, other=0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), inside)
+
+
+def dense_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`kernels.matmul.dense_linear` for at most `MAX_SKINNY_ROWS` rows."""
+    return skinny_linear(x, weight, config_for(x, weight.shape[0], gated=False))
+
+
+def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`kernels.matmul.gated_linear` for at most `MAX_SKINNY_ROWS` rows."""
+    return skinny_linear(x, weight, config_for(x, weight.shape[0] // 2, gated=True), gated=True)
+
+
+def config_for(x: torch.Tensor, out_features: int, *, gated: bool) -> SkinnyConfig:
+    """The measured settings of the next larger number of rows, else a guess: enough programs, each with long runs."""
+    num_rows, in_features = x.shape
+    if x.dtype == torch.bfloat16:
+        table = tuned("dense_linear bfloat16", x.device)
+        for rows in (16, 32, 64):
+            found = table.get((out_features, in_features, rows, gated))
+            if num_rows <= rows and found is not None:
+                return found
+    inputs, stages = (64, 3) if x.element_size() == 4 else (128, 5)
+    outputs = 16 if out_features < 512 else 32 if gated else 64
+    splits = 1
+    while not gated and splits < 4 and splits * out_features < 96 * outputs and in_features % (4 * inputs) == 0:
+        splits *= 2
+    return SkinnyConfig(outputs, inputs, splits, 4, stages)
+
+
+@cache
+def tuned(op: str, device: torch.device) -> dict[tuple[int, int, int, bool], SkinnyConfig]:
+    """What was measured on this kind of device, by outputs, inputs, most rows and whether it is gated."""
+    if device.type != "cuda":
+        return {}
+    name = torch.cuda.get_device_name(device).replace(" ", "_")
+    file = Path(__file__).parent / "tuned" / f"{name}.json"
+    if not file.exists():
+        logger.info("no tuned settings for %s: the kernels run with guessed ones", name)
+        return {}
+    entries = json.loads(file.read_text()).get(op, [])
+    return {
+        (entry["out"], entry["in"], entry["rows"], entry["gated"]): SkinnyConfig(
+            *(entry[field] for field in SkinnyConfig._fields)
+        )
+        for entry in entries
+    }
+
+
+def skinny_linear(x: torch.Tensor, weight: torch.Tensor, config: SkinnyConfig, *, gated: bool = False) -> torch.Tensor:
+    """x [rows <= 64, in] times the transposed weight [out, in], both contiguous along `in`; sums in float32.
+
+    `gated`: the weight holds gate above up, and the result is silu(gate) * up [rows, out / 2], in one split.
+    """
+    num_rows, in_features = x.shape
+    out_features = weight.shape[0] // 2 if gated else weight.shape[0]
+    splits = 1 if gated else config.splits
+    out = torch.empty(num_rows, out_features, dtype=x.dtype, device=x.device)
+    target = out
+    if splits > 1:
+        target = torch.empty(splits, num_rows, out_features, dtype=torch.float32, device=x.device)
+    options = launch_options(x)
+    _skinny_kernel[(triton.cdiv(out_features, config.outputs), splits)](
+        x,
+        weight,
+        target,
+        num_rows,
+        out_features,
+        in_features,
+        x.stride(0),
+        ROWS=max(16, triton.next_power_of_2(num_rows)),
+        OUTPUTS=config.outputs,
+        INPUTS=config.inputs,
+        SPLITS=splits,
+        EVEN=in_features % (config.inputs * splits) == 0,
+        GATED=gated,
+        AHEAD=LINES_AHEAD,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **options,
+    )
+    if splits > 1:
+        size = num_rows * out_features
+        _sum_splits_kernel[(triton.cdiv(size, 1024),)](target, out, size, SPLITS=splits, BLOCK=1024, **options)
+    return out

@@ -1,0 +1,51 @@
+"""The Triton kernels as providers of the ops: where triton is installed, for tensors on a CUDA device.
+
+Triton is imported when the first of them runs, so that a CPU's start does not pay for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from powertrain.kernels.op import Provider
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def triton_provider(module: str, function: str, refuses: Callable[..., str | None] | None = None) -> Provider[Any, Any]:
+    """`powertrain.kernels.gpu.<module>.<function>`, which takes the op's own arguments, a tensor first.
+
+    `refuses` gives the reason why it does not take some that are on a CUDA device.
+    """
+
+    def run(*args: Any) -> Any:
+        return getattr(import_module(f"powertrain.kernels.gpu.{module}"), function)(*args)
+
+    def accepts(*args: Any) -> str | None:
+        return _refuse(*args) or (refuses(*args) if refuses is not None else None)
+
+    return Provider("triton", run, accepts, unsupported)
+
+
+def unsupported() -> str | None:
+    """Why there are no Triton kernels, in one line; None where there are."""
+    return None if find_spec("triton") is not None else "triton is not installed"
+
+
+def _refuse(x: torch.Tensor, *rest: Any) -> str | None:
+    if x.device.type != "cuda":
+        return "the tensors are not on a CUDA device"
+    return None if x.dtype in _DTYPES else f"no kernel for {x.dtype}"
+
+
+def describe() -> str:
+    """For start lines: Triton's version, or why the reference path runs."""
+    reason = unsupported()
+    if reason is not None:
+        return f"reference kernels ({reason})"
+    return f"Triton {metadata.version('triton')} kernels"

@@ -1,15 +1,13 @@
-"""Tiny models on the native kernels, for the tests of the native decoder; and Triton's interpreter without a GPU."""
+"""Tiny models on the native kernels, for the tests of the native decoder."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from native_builders import NATIVE
 from powertrain.checkpoint.load import load_decoder
@@ -18,8 +16,6 @@ from powertrain.config import EngineConfig, resolve
 from powertrain.model.native_decoder import Backend, NativeDecoder
 
 collect_ignore = [] if find_spec("triton") else ["test_gpu_kernels.py"]
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined; ops take no Triton kernel on a CPU
 
 Models = Callable[..., NativeDecoder]
 

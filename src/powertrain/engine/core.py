@@ -168,15 +168,14 @@ class Engine:
         the host plans one step ahead. A sequence that turns out to have ended costs one row of the step under way.
         """
         outputs: list[TokenOutput] = []
-        if self._in_flight is not None and not self._may_run_ahead():
-            outputs = self._land()
-        ahead, self._in_flight = self._in_flight, None
+        last, self._in_flight = self._in_flight, None
+        if last is not None and not self._may_run_ahead():
+            outputs += self._land(*last)
+            last = None
         if self.scheduler.has_work():
             outputs += self._start()
-        if ahead is not None:
-            started, self._in_flight = self._in_flight, ahead
-            outputs += self._land()
-            self._in_flight = started
+        if last is not None:
+            outputs += self._land(*last)
         if not self.has_work():
             self.scheduler.check()
         return outputs
@@ -204,10 +203,8 @@ class Engine:
             return self._fail([chunk.sequence for chunk in plan.chunks], f"{type(error).__name__}: {error}")
         return self._commit(plan, result)
 
-    def _land(self) -> list[TokenOutput]:
-        """Wait for the step in flight and commit it."""
-        assert self._in_flight is not None
-        (plan, launched), self._in_flight = self._in_flight, None
+    def _land(self, plan: Plan, launched: Launched) -> list[TokenOutput]:
+        """Wait for a launched step and commit it."""
         return self._commit(plan, launched.collect(), is_advanced=True)
 
     def _fail(self, sequences: list[Sequence], message: str) -> list[TokenOutput]:

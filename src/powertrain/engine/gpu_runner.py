@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from powertrain.engine.graph import DecodeGraphs, DeviceState, RowInputs
+from powertrain.engine.graph import DecodeGraphs, DeviceState, RowInputs, draw_next
 from powertrain.engine.runner import Runner, StepResult
 from powertrain.engine.sampler import Row, needs_only_logits, uniform
 from powertrain.engine.scheduler import Chunk, Plan, Sequence
@@ -40,9 +40,7 @@ class Launched:
 class GpuRunner(Runner):
     """A `Runner` whose plain steps can be launched ahead of their results."""
 
-    def __init__(
-        self, model: Decoder, cache: KVCache, max_num_seqs: int, max_model_len: int, *, use_graphs: bool = True
-    ) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, max_num_seqs: int, max_model_len: int) -> None:
         super().__init__(model, cache, max_num_seqs, max_model_len)
         device = model.device
         width = self._tables.shape[1]
@@ -53,14 +51,12 @@ class GpuRunner(Runner):
         # two steps may be under way, and each reads its inputs when its turn comes
         self._inputs_of = [RowInputs.empty(max_num_seqs, "cpu", pinned=True) for _ in range(3)]
         self._turn = 0
-        self._use_graphs = use_graphs
         self._graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
     def capture(self) -> None:
         """Capture the decode graphs; before it, every step is launched kernel by kernel."""
-        if self._use_graphs:
-            self._graphs = DecodeGraphs(self.model, self.cache, self._state, self._tables.shape[0])
+        self._graphs = DecodeGraphs(self.model, self.cache, self._state, self._tables.shape[0])
 
     @staticmethod
     def can_launch(plan: Plan) -> bool:
@@ -98,8 +94,6 @@ class GpuRunner(Runner):
         return result
 
     def _launch_eager(self, chunks: ListLike[Chunk], sampling: ListLike[Chunk]) -> torch.Tensor:
-        from powertrain.kernels.gpu.sampling import Draws, draw_tokens
-
         self._store_blocks(chunks)
         token_ids, step = self._inputs(chunks)
         token_ids = self._with_pending(chunks, token_ids)
@@ -114,11 +108,7 @@ class GpuRunner(Runner):
         rows = self._take(hidden, ends, end)
         inputs = RowInputs.empty(len(sampling), self.model.device)
         inputs.copy_from(self._fill(sampling, len(sampling), with_blocks=False))
-        temperature, numbers, top_p, min_p = inputs.floats.unbind()
-        draws = Draws(temperature, numbers, top_p, min_p, inputs.integers[3].to(torch.int32))
-        tokens = draw_tokens(self.model.raw_logits(rows).contiguous(), draws)
-        self._state.last_tokens.index_copy_(0, inputs.integers[0], tokens)
-        return tokens
+        return draw_next(self.model, rows, self._state, inputs)
 
     def _with_pending(self, chunks: ListLike[Chunk], token_ids: torch.Tensor) -> torch.Tensor:
         """The step's token ids with those filled in that only the device knows yet."""

@@ -60,17 +60,25 @@ class RowInputs:
 def decode_step(model: Decoder, cache: KVCache, state: DeviceState, inputs: RowInputs) -> torch.Tensor:
     """One token for each row: int64 [rows], -1 where its logits were not finite; `state` knows it afterwards."""
     from powertrain.kernels.gpu.inputs import decode_inputs
-    from powertrain.kernels.gpu.sampling import Draws, draw_tokens
 
-    slots, context_lens, new_blocks, top_k = inputs.integers.unbind()
+    slots, context_lens, new_blocks, _ = inputs.integers.unbind()
     made = decode_inputs(slots, context_lens, new_blocks, state.last_tokens, state.tables, cache.block_size)
     token_ids, positions, places, block_tables = made
     step = AttentionStep.of_decodes(positions, context_lens, places, block_tables, cache.block_size)
-    hidden = model.forward(token_ids, step, cache)
+    return draw_next(model, model.forward(token_ids, step, cache), state, inputs)
+
+
+def draw_next(model: Decoder, hidden: torch.Tensor, state: DeviceState, inputs: RowInputs) -> torch.Tensor:
+    """A token from each row of hidden [rows, hidden] as `inputs` says: int64 [rows], -1 for logits not finite.
+
+    `state` knows them afterwards.
+    """
+    from powertrain.kernels.gpu.sampling import Draws, draw_tokens
+
     temperature, uniform, top_p, min_p = inputs.floats.unbind()
-    draws = Draws(temperature, uniform, top_p, min_p, top_k.to(torch.int32))
-    tokens = draw_tokens(model.raw_logits(hidden), draws)
-    state.last_tokens.index_copy_(0, slots, tokens)
+    draws = Draws(temperature, uniform, top_p, min_p, inputs.integers[3].to(torch.int32))
+    tokens = draw_tokens(model.raw_logits(hidden).contiguous(), draws)
+    state.last_tokens.index_copy_(0, inputs.integers[0], tokens)
     return tokens
 
 
@@ -80,7 +88,6 @@ class DecodeGraphs:
     def __init__(self, model: Decoder, cache: KVCache, state: DeviceState, max_rows: int) -> None:
         """Captures at once, largest first: what the smaller ones need fits in its memory."""
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, RowInputs, torch.Tensor]] = {}
-        self._padding_slot = state.padding_slot
         pool = None
         for size in reversed(graph_sizes(max_rows)):
             inputs = RowInputs.empty(size, model.device)

@@ -127,8 +127,8 @@ def _rotate_and_write(
     num_heads = qkv.shape[1] - 2 * num_kv_heads
     query_key = qkv[:, : num_heads + num_kv_heads]
     if norms is not None:
-        query_key[:, :num_heads] = rms_norm(query_key[:, :num_heads].contiguous(), norms[0], eps)
-        query_key[:, num_heads:] = rms_norm(query_key[:, num_heads:].contiguous(), norms[1], eps)
+        query_key[:, :num_heads] = rms_norm(query_key[:, :num_heads], norms[0], eps)
+        query_key[:, num_heads:] = rms_norm(query_key[:, num_heads:], norms[1], eps)
     apply_rope(query_key, *rope)
     write_kv(qkv[:, num_heads:], cache, step)
     return qkv[:, :num_heads]

@@ -43,6 +43,12 @@ def _refuse(x: torch.Tensor, *rest: Any) -> str | None:
     return None if x.dtype in _DTYPES else f"no kernel for {x.dtype}"
 
 
+def refuse_gaps(*args: Any) -> str | None:
+    """For kernels that take each row to follow the one before it."""
+    has_gaps = any(isinstance(arg, torch.Tensor) and not arg.is_contiguous() for arg in args)
+    return "rows are not contiguous" if has_gaps else None
+
+
 def describe() -> str:
     """For start lines: Triton's version, or why the reference path runs."""
     reason = unsupported()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from powertrain.kernels.fused import silu_mul
-from powertrain.kernels.gpu_provider import triton_provider
+from powertrain.kernels.gpu_provider import refuse_gaps, triton_provider
 from powertrain.kernels.op import Op, Provider
 
 MAX_PACKED_ROWS = 64
@@ -105,7 +105,7 @@ def _gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _refuse_many_rows(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     if x.shape[0] > MAX_SKINNY_ROWS:
         return f"{x.shape[0]} rows: the library's product is faster above {MAX_SKINNY_ROWS}"
-    return None if x.is_contiguous() and weight.is_contiguous() else "rows are not contiguous"
+    return refuse_gaps(x, weight)
 
 
 def _skinny(function: str) -> Provider[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -96,6 +96,8 @@ def test_byte_level_decode_is_the_librarys(ids: list[int], skip: bool) -> None:
 
 
 @given(st.text(max_size=60))
+@example("\u2581")
+@example("\u2581 a\u2581")
 @settings(max_examples=300, deadline=None)
 def test_sentencepiece_decode_is_the_librarys_on_text(text: str) -> None:
     tokenizer = tokenizer_of("sentencepiece")

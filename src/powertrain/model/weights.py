@@ -25,12 +25,15 @@ class IntWeight(NamedTuple):
 
     values: int8 [out, in], each in [-2^(b-1), 2^(b-1) - 1]; scale: float [out, groups];
     zero_point: int8 [out, groups] on the same range, or None when symmetric. groups = in / group_size, 1 per channel.
+    input_order: int64 [in] where the columns were sorted before they were grouped (GPTQ's activation order): column i
+    multiplies input `input_order[i]`; None where they stand in their own order.
     """
 
     values: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor | None
     num_bits: int
+    input_order: torch.Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix [out, in] these integers stand for, computed in float32 and rounded once to `dtype`."""
@@ -39,7 +42,8 @@ class IntWeight(NamedTuple):
         values = self.values.to(torch.float32).view(out_features, groups, in_features // groups)
         if self.zero_point is not None:
             values = values - self.zero_point.to(torch.float32).unsqueeze(-1)
-        return (values * self.scale.to(torch.float32).unsqueeze(-1)).view(out_features, in_features).to(dtype)
+        weight = (values * self.scale.to(torch.float32).unsqueeze(-1)).view(out_features, in_features).to(dtype)
+        return weight if self.input_order is None else weight[:, self.input_order.argsort()]
 
 
 class WeightFormat(Protocol):

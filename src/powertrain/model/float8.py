@@ -1,0 +1,59 @@
+"""8-bit floats (e4m3, Micikevicius et al. 2022, arXiv 2209.05433): W8A8 per channel and in blocks of 128 by 128."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from powertrain.kernels.quantized import FLOAT8_BLOCK, dequantize_float8, float8_linear
+
+
+class Float8Weight(NamedTuple):
+    """A matrix of 8-bit floats before it goes to its device: `weight = values * scale`.
+
+    values: float8_e4m3fn [out, in]; scale: float32 [out], one for each output, or [ceil(out / 128), ceil(in / 128)],
+    one for each block.
+    """
+
+    values: torch.Tensor
+    scale: torch.Tensor
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The matrix [out, in], computed in float32 and rounded once."""
+        return dequantize_float8(self.values, self.scale).to(dtype)
+
+
+class Float8:
+    """8-bit floats with a scale for each output or block. `rounds_input`: W8A8, whose input is rounded at run time."""
+
+    def __init__(self, weight: Float8Weight, rounds_input: bool) -> None:
+        """weight: on its device already."""
+        self._values, self._scale = weight
+        self._rounds_input = rounds_input
+        self.out_features = self._values.shape[0]
+        self.name = "fp8" + (" block" if self._scale.ndim == 2 else "") + (" a8" if rounds_input else "")
+
+    @classmethod
+    def pack(cls, weight: Float8Weight, device: torch.device, rounds_input: bool) -> Float8:
+        return cls(Float8Weight(weight.values.to(device), weight.scale.float().to(device)), rounds_input)
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        return float8_linear(x, self._values, self._scale, self._rounds_input)
+
+    def unpack(self) -> torch.Tensor:
+        return dequantize_float8(self._values, self._scale)
+
+    def step_bytes(self) -> int:
+        return self._values.numel() + self._scale.numel() * 4
+
+    def nbytes(self) -> int:
+        return self.step_bytes()
+
+
+def concat_float8_weights(weights: Sequence[Float8Weight]) -> Float8Weight | None:
+    """Stack matrices with the same inputs along their outputs; None where blocks would not stay whole."""
+    if weights[0].scale.ndim == 2 and any(weight.values.shape[0] % FLOAT8_BLOCK for weight in weights[:-1]):
+        return None
+    return Float8Weight(torch.cat([w.values for w in weights]), torch.cat([w.scale for w in weights]))

@@ -328,7 +328,7 @@ def bench_engine(
         bool, typer.Option("--random-weights", help="Draw the weights; MODEL needs only a config.json.")
     ] = False,
     format: Annotated[
-        Literal["none", "int8", "int4"], typer.Option(help="Weight format, with --random-weights.")
+        Literal["none", "int8", "int4", "fp8"], typer.Option(help="Weight format, with --random-weights.")
     ] = "none",
     batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,32",
     prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 1024,

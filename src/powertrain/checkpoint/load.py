@@ -18,8 +18,10 @@ from powertrain.checkpoint.packed_cache import Stream, packed_streams
 from powertrain.checkpoint.source import Checkpoint
 from powertrain.config import NATIVE_BLOCK_SIZE, EngineConfig
 from powertrain.kernels import native
+from powertrain.kernels.quantized import quantize_to_float8
 from powertrain.model.decoder import Decoder
 from powertrain.model.families import ModelConfig, model_config
+from powertrain.model.float8 import Float8, Float8Weight
 from powertrain.model.layers import Attention, Block, GatedMLP, Linear, RMSNorm, Rope
 from powertrain.model.packed import FLOATS, GGUF_FLOATS, GGUF_GRIDS, PackedMatrix, Part, can_stack, gguf_part, int_part
 from powertrain.model.packed import pack as pack_stream
@@ -41,7 +43,7 @@ DOWN = ("mlp.down_proj",)
 PRODUCTS = (QKV, OUTPUT, GATE_UP, DOWN)
 """The layers of a block, as they are multiplied together."""
 
-RandomFormat = Literal["none", "int8", "int4"]
+RandomFormat = Literal["none", "int8", "int4", "fp8"]
 Progress = Callable[[int, int], None]
 """Called with (layers done, layers in all)."""
 
@@ -236,6 +238,8 @@ def random_model(
         rows, cols = sum(shapes[layer][0] for layer in layers), shapes[layers[0]][1]
         if weight_format == "none":
             return [Dense.pack(normal(rows, cols), device, dtype)]
+        if weight_format == "fp8":
+            return [Float8.pack(_random_float8(normal(rows, cols)), device, rounds_input=True)]
         return [pack_int_weight(_random_ints(rows, cols, weight_format, generator), device)]
 
     def vector(name: str, size: int) -> torch.Tensor:
@@ -264,6 +268,11 @@ def _random_ints(rows: int, cols: int, weight_format: RandomFormat, generator: t
     return IntWeight(values, scale, None, num_bits)
 
 
+def _random_float8(weight: torch.Tensor) -> Float8Weight:
+    values, scale = quantize_to_float8(weight)
+    return Float8Weight(values, scale[:, 0])
+
+
 def random_decoder(
     folder: str | Path, config: EngineConfig, weight_format: RandomFormat = "none", seed: int = 0
 ) -> Decoder:
@@ -286,6 +295,8 @@ def random_decoder(
         rows, cols = shapes[layer]
         if weight_format == "none" or layer in (EMBEDDING, HEAD):
             return torch.empty(rows, cols, dtype=dtype).normal_(0.0, cols**-0.5, generator=generator)
+        if weight_format == "fp8":
+            return _random_float8(torch.randn(rows, cols, generator=generator) * cols**-0.5).dequantize()
         return int_part(_random_ints(rows, cols, weight_format, generator))
 
     def vector(name: str, size: int) -> torch.Tensor:

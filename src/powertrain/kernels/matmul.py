@@ -114,5 +114,12 @@ def _skinny(function: str) -> Provider[[torch.Tensor, torch.Tensor], torch.Tenso
 
 dense_linear = Op("dense_linear", _dense_linear, (_skinny("dense_linear"),))
 gated_linear = Op("gated_linear", _gated_linear, (_skinny("gated_linear"),))
-int8_linear = Op("int8_linear", _int8_linear, (Provider("torch", _int8_linear_torch, _accepts_int8),))
+int8_linear = Op(
+    "int8_linear",
+    _int8_linear,
+    (
+        Provider("torch", _int8_linear_torch, _accepts_int8),
+        triton_provider("quantized", "int8_linear", refuse_gaps),
+    ),
+)
 int4_linear = Op("int4_linear", _int4_linear, (Provider("torch", _int4_linear_torch, _accepts_int4),))

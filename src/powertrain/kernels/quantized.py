@@ -1,15 +1,22 @@
-"""Products with 8-bit floats, and how a product's input is rounded to 8 bits first where W8A8 asks for it."""
+"""Products with weights that a GPU reads as 8-bit floats or in blocks of 4 bits, and how W8A8 rounds their input."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
+from powertrain.kernels.fused import silu_mul
+from powertrain.kernels.gpu_provider import refuse_gaps, triton_provider
 from powertrain.kernels.op import Op
 
 FLOAT8_BLOCK = 128
 """Outputs and inputs that share a scale in a matrix of blocks, and inputs of one row in its activations."""
 
 LARGEST_FLOAT8 = torch.finfo(torch.float8_e4m3fn).max
+
+INT8_STEPS = 127.5
+"""compressed-tensors' dynamic symmetric grid of 8 bits: scale = absmax / 127.5, integers clamped to [-128, 127]."""
 
 
 def dequantize_float8(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -35,18 +42,75 @@ def quantize_to_float8(x: torch.Tensor, group_size: int | None = None) -> tuple[
     return values.view(rows, -1)[:, :size].contiguous(), scale.squeeze(-1)
 
 
-def _float8_linear(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, rounds_input: bool) -> torch.Tensor:
+def quantize_to_int8(x: torch.Tensor, group_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [rows, n] as int8 [rows, n] and float32 scales [rows, groups], on the grid of `INT8_STEPS`."""
+    rows, size = x.shape
+    groups = x.float().view(rows, -1, group_size or size)
+    scale = groups.abs().amax(dim=-1, keepdim=True) / INT8_STEPS
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    values = torch.round(groups / scale).clamp_(-128, 127).to(torch.int8)
+    return values.view(rows, size), scale.squeeze(-1)
+
+
+def _int8_rounded_linear(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x [rows, in], each row rounded to 8 bits, times (values * scale)^T; values int8 [out, in], scale [out]."""
+    narrow, own = quantize_to_int8(x)
+    return ((narrow.float() * own) @ (values.float() * scale.float().unsqueeze(1)).t()).to(x.dtype)
+
+
+def _float8_linear(
+    x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, rounds_input: bool, is_gated: bool
+) -> torch.Tensor:
     """x [rows, in] times the transposed matrix of 8-bit floats (see `dequantize_float8`); returns x's dtype.
 
     `rounds_input`: each row of x, or each 128 of its inputs for a matrix of blocks, is rounded to 8-bit floats first.
+    `is_gated`: the outputs are gate above up, and the result is silu(gate) * up [rows, out / 2].
     """
     weight = dequantize_float8(values, scale)
-    if not rounds_input:
-        return x @ weight.to(x.dtype).t()
-    group = FLOAT8_BLOCK if scale.ndim == 2 else None
-    narrow, own = quantize_to_float8(x, group)
-    spread = own.repeat_interleave(group or x.shape[1], 1)[:, : x.shape[1]]
-    return ((narrow.float() * spread) @ weight.t()).to(x.dtype)
+    wide = x.float()
+    if rounds_input:
+        group = FLOAT8_BLOCK if scale.ndim == 2 else None
+        narrow, own = quantize_to_float8(x, group)
+        wide = narrow.float() * own.repeat_interleave(group or x.shape[1], 1)[:, : x.shape[1]]
+    product = (wide @ weight.t()).to(x.dtype)
+    return silu_mul(product) if is_gated else product
 
 
-float8_linear = Op("float8_linear", _float8_linear)
+class Int4Blocks(NamedTuple):
+    """4-bit integers as a GPU reads them: `weight = (n - 8 - zero) * scale`, n in 0..15.
+
+    values: uint8 [blocks, out, half]: a block is 2 * half inputs, and byte j of an output holds input j in its low
+    bits and input half + j in its high bits, so that what a program reads at once lies together; scale: float
+    [groups, out], zero: int8 [groups, out] or None. A group is one or more whole blocks.
+    """
+
+    values: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+
+
+def dequantize_int4_blocks(weight: Int4Blocks, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix [out, in] in `dtype`, computed in float32."""
+    blocks, out_features, _ = weight.values.shape
+    groups = weight.scale.shape[0]
+    integers = torch.cat((weight.values & 15, weight.values >> 4), dim=-1).to(torch.float32) - 8
+    grouped = integers.view(groups, blocks // groups, out_features, -1)
+    if weight.zero is not None:
+        grouped = grouped - weight.zero.float().view(groups, 1, out_features, 1)
+    grouped = grouped * weight.scale.float().view(groups, 1, out_features, 1)
+    return grouped.flatten(0, 1).transpose(0, 1).reshape(out_features, -1).to(dtype)
+
+
+def _int4_blocks_linear(x: torch.Tensor, weight: Int4Blocks, is_gated: bool) -> torch.Tensor:
+    """x [rows, in] times the transposed matrix; `is_gated` as in `float8_linear`. Returns x's dtype."""
+    product = x @ dequantize_int4_blocks(weight, x.dtype).t()
+    return silu_mul(product) if is_gated else product
+
+
+float8_linear = Op("float8_linear", _float8_linear, (triton_provider("quantized", "float8_linear", refuse_gaps),))
+int8_rounded_linear = Op(
+    "int8_rounded_linear", _int8_rounded_linear, (triton_provider("quantized", "int8_rounded_linear", refuse_gaps),)
+)
+int4_blocks_linear = Op(
+    "int4_blocks_linear", _int4_blocks_linear, (triton_provider("quantized", "int4_linear", refuse_gaps),)
+)

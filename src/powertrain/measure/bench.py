@@ -24,7 +24,7 @@ from powertrain.engine.core import Engine, set_torch_threads
 from powertrain.measure import record, roofline
 from powertrain.types import FinishReason, PowertrainError, Request, SamplingParams
 
-Format = Literal["none", "int8", "int4"]
+Format = Literal["none", "int8", "int4", "fp8"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 MIXED_LENGTHS = (100, 1024)
 MIXED_TEMPERATURE = 0.6

@@ -40,7 +40,13 @@ class Float8:
         return cls(Float8Weight(weight.values.to(device), weight.scale.float().to(device)), rounds_input)
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
-        return float8_linear(x, self._values, self._scale, self._rounds_input)
+        return float8_linear(x, self._values, self._scale, self._rounds_input, False)
+
+    def gated_matmul(self, x: torch.Tensor) -> torch.Tensor | None:
+        """silu(gate) * up [rows, out / 2], with gate above up; None for blocks that hold a part of both."""
+        if self._scale.ndim == 2 and self.out_features // 2 % FLOAT8_BLOCK:
+            return None
+        return float8_linear(x, self._values, self._scale, self._rounds_input, True)
 
     def unpack(self) -> torch.Tensor:
         return dequantize_float8(self._values, self._scale)

@@ -10,7 +10,7 @@ import torch
 from powertrain.kernels.attention import AttentionStep, paged_attention, rotate_and_write
 from powertrain.kernels.fused import add_rms_norm, rms_norm, silu_mul
 from powertrain.model.families import ModelConfig
-from powertrain.model.weights import Dense, WeightFormat
+from powertrain.model.weights import GatedFormat, WeightFormat
 
 
 class Linear:
@@ -28,7 +28,7 @@ class Linear:
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         """silu of the first half of the outputs times the second half, [tokens, out / 2]."""
         fused = None
-        if self.bias is None and len(self.formats) == 1 and isinstance(self.formats[0], Dense):
+        if self.bias is None and len(self.formats) == 1 and isinstance(self.formats[0], GatedFormat):
             fused = self.formats[0].gated_matmul(x)
         return silu_mul(self(x)) if fused is None else fused
 

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from powertrain.model.weights import WeightFormat
-
-LARGEST, SMALLEST = 127, -128
+from powertrain.kernels.quantized import quantize_to_int8
+from powertrain.model.weights import Int8Channel, WeightFormat
 
 
 def round_to_int8(x: torch.Tensor, group_size: int | None = None) -> torch.Tensor:
-    """x [rows, n] with each row, or each group of a row, on its own grid of 256 steps; same shape and dtype.
-
-    The grid is compressed-tensors' dynamic symmetric one: scale = absmax / 127.5, integers clamped to [-128, 127].
-    """
-    rows, size = x.shape
-    groups = x.float().view(rows, -1, group_size or size)
-    scale = groups.abs().amax(dim=-1, keepdim=True) / ((LARGEST - SMALLEST) / 2)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return (torch.round(groups / scale).clamp_(SMALLEST, LARGEST) * scale).view(rows, size).to(x.dtype)
+    """x [rows, n] with each row, or each group of a row, on its own grid of 256 steps; same shape and dtype."""
+    values, scale = quantize_to_int8(x, group_size)
+    rows, groups = scale.shape
+    return (values.float().view(rows, groups, -1) * scale.unsqueeze(-1)).view(rows, -1).to(x.dtype)
 
 
 class QuantizedInput:
     """A weight format behind `round_to_int8`: what the integers mean, computed in floats.
 
-    The native kernels multiply the integers themselves, with one scale per 32 inputs of a row.
+    The native kernels multiply the integers themselves, with one scale per 32 inputs of a row, and so does a GPU where
+    a row has one scale.
     """
 
     def __init__(self, weight: WeightFormat, group_size: int | None) -> None:
@@ -33,7 +28,10 @@ class QuantizedInput:
         self.name, self.out_features = f"{weight.name} a8", weight.out_features
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
-        return self._weight.matmul(round_to_int8(x, self._group_size))
+        rounded = None
+        if self._group_size is None and isinstance(self._weight, Int8Channel):
+            rounded = self._weight.rounded_matmul(x)
+        return self._weight.matmul(round_to_int8(x, self._group_size)) if rounded is None else rounded
 
     def unpack(self) -> torch.Tensor:
         return self._weight.unpack()

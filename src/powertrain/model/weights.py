@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -17,6 +17,8 @@ from powertrain.kernels.matmul import (
     int4_linear,
     int8_linear,
 )
+from powertrain.kernels.quantized import int8_rounded_linear
+from powertrain.model.gpu_weights import Int4Blocked
 from powertrain.types import ModelFileError
 
 
@@ -66,6 +68,15 @@ class WeightFormat(Protocol):
 
     def nbytes(self) -> int:
         """Bytes held in memory."""
+        ...
+
+
+@runtime_checkable
+class GatedFormat(Protocol):
+    """A format that can multiply and gate in one."""
+
+    def gated_matmul(self, x: torch.Tensor) -> torch.Tensor | None:
+        """silu(gate) * up [rows, out / 2], with gate above up, where that is one product; else None."""
         ...
 
 
@@ -142,6 +153,12 @@ class Int8Channel:
             return product
         return product + x.sum(-1, keepdim=True) * self._offset.to(x.dtype)
 
+    def rounded_matmul(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The product of x with each row rounded to 8 bits, where integers are multiplied as such; else None."""
+        if self._offset is not None or x.device.type == "cpu":
+            return None
+        return int8_rounded_linear(x, self._values, self._scale)
+
     def unpack(self) -> torch.Tensor:
         weight = self._values.float() * self._scale.unsqueeze(1)
         return weight if self._offset is None else weight + self._offset.unsqueeze(1)
@@ -203,7 +220,8 @@ def pack_int_weight(weight: IntWeight, device: torch.device) -> WeightFormat:
     if weight.num_bits == 8 and weight.scale.shape[1] == 1:
         return Int8Channel.pack(weight, device)
     if weight.num_bits == 4 and weight.values.shape[1] % 2 == 0:
-        return Int4Group.pack(weight, device)
+        blocked = Int4Blocked.pack(weight, device) if device.type == "cuda" else None
+        return blocked or Int4Group.pack(weight, device)
     kind = f"{weight.num_bits} bits, {weight.scale.shape[1]} groups a row" + (
         "" if weight.zero_point is None else ", asymmetric"
     )

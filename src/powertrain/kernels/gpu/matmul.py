@@ -180,7 +180,13 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, config: SkinnyConfig, *
         num_stages=config.num_stages,
         **options,
     )
-    if splits > 1:
-        size = num_rows * out_features
-        _sum_splits_kernel[(triton.cdiv(size, 1024),)](target, out, size, SPLITS=splits, BLOCK=1024, **options)
+    return sum_splits(target, out) if splits > 1 else out
+
+
+def sum_splits(partial: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The sum of float32 partial [splits, rows, out] over its splits, in their order, into `out`."""
+    size = out.numel()
+    _sum_splits_kernel[(triton.cdiv(size, 1024),)](
+        partial, out, size, SPLITS=partial.shape[0], BLOCK=1024, **launch_options(out)
+    )
     return out

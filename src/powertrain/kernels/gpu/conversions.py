@@ -1,0 +1,226 @@
+"""Triton conversions between the weights' formats: in registers, of a whole matrix, and of activations to 8 bits.
+
+Unpacking follows Kim et al. 2022 (arXiv 2211.10017): the bits of a small integer behind a fixed exponent are a float,
+an offset apart; two of them cost as much as one.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from powertrain.kernels.gpu.launch import launch_options, wait_turn
+from powertrain.kernels.quantized import FLOAT8_BLOCK, INT8_STEPS, LARGEST_FLOAT8, Int4Blocks
+
+# 8 nibbles in a register to 8 bfloat16 or float16 in four, as 128 + n or 1024 + n
+_NIBBLES_TO_FLOATS = """{
+    .reg .b32 low, high, exponent;
+    mov.b32 exponent, EXPONENT;
+    and.b32 low, $4, 0x0F0F0F0F;
+    shr.u32 high, $4, 4;
+    and.b32 high, high, 0x0F0F0F0F;
+    prmt.b32 $0, low, exponent, 0x4140;
+    prmt.b32 $1, low, exponent, 0x4342;
+    prmt.b32 $2, high, exponent, 0x4140;
+    prmt.b32 $3, high, exponent, 0x4342;
+    mov.b32 exponent, OFFSET;
+    sub.rn.TYPE $0, $0, exponent;
+    sub.rn.TYPE $1, $1, exponent;
+    sub.rn.TYPE $2, $2, exponent;
+    sub.rn.TYPE $3, $3, exponent;
+}"""
+
+
+def _fill(exponent: str, offset: str, type_name: str) -> tl.constexpr:
+    text = _NIBBLES_TO_FLOATS.replace("EXPONENT", exponent).replace("OFFSET", offset)
+    return tl.constexpr(text.replace("TYPE", type_name))
+
+
+_TO_BFLOAT16 = _fill("0x43434343", "0x43084308", "bf16x2")
+_TO_FLOAT16 = _fill("0x64646464", "0x64086408", "f16x2")
+# 4 floats of 8 bits in a register to 4 bfloat16 in two: their exponent is off by 120
+_FLOAT8_TO_BFLOAT16 = tl.constexpr("""{
+    .reg .b32 first, second, bits, factor;
+    mov.b32 factor, 0x7B807B80;
+    prmt.b32 first, $2, 0, 0x1404;
+    prmt.b32 second, $2, 0, 0x3424;
+    shr.u32 bits, first, 4;
+    and.b32 bits, bits, 0x07F007F0;
+    lop3.b32 first, first, 0x80008000, bits, 0xEA;
+    shr.u32 bits, second, 4;
+    and.b32 bits, bits, 0x07F007F0;
+    lop3.b32 second, second, 0x80008000, bits, 0xEA;
+    mul.rn.bf16x2 $0, first, factor;
+    mul.rn.bf16x2 $1, second, factor;
+}""")
+
+
+@triton.jit
+def unpack_int4(packed, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):
+    """The low and the high halves of bytes less 8, as floats."""
+    if IS_COMPILED and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            _TO_BFLOAT16, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    elif IS_COMPILED and dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            _TO_FLOAT16, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    else:
+        return ((packed & 15).to(tl.int32) - 8).to(dtype), ((packed >> 4).to(tl.int32) - 8).to(dtype)
+
+
+@triton.jit
+def widen_bytes(weight, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):
+    """8-bit integers or floats as floats, exactly."""
+    if IS_COMPILED and weight.dtype == tl.float8e4nv and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            _FLOAT8_TO_BFLOAT16, "=r,=r,r", [weight], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    else:
+        return weight.to(tl.float32).to(dtype) if weight.dtype == tl.float8e4nv else weight.to(dtype)
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    x, values, scale, width, x_stride, LIMIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    wait_turn(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(x + row * x_stride + columns, inside, other=0.0).to(tl.float32)
+    own = tl.max(tl.abs(value), 0) / LIMIT
+    own = tl.where(own == 0.0, 1.0, own)
+    value = value / own
+    if values.dtype.element_ty == tl.int8:
+        # this much added and taken away rounds to the nearest integer, halves to even
+        value = tl.clamp((value + 12582912.0) - 12582912.0, -128.0, 127.0)
+    else:
+        value = tl.clamp(value, -LIMIT, LIMIT)
+    tl.store(values + row * width + columns, value.to(values.dtype.element_ty), inside)
+    tl.store(scale + row, own)
+
+
+def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [rows, n] as int8 or float8_e4m3fn [rows, n] and float32 scales [rows].
+
+    The grids of `kernels.quantized.quantize_to_float8` and `quantize_to_int8` with one group a row.
+    """
+    rows, width = x.shape
+    values = torch.empty(rows, width, dtype=dtype, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(width)
+    _quantize_rows_kernel[(rows,)](
+        x,
+        values,
+        scale,
+        width,
+        x.stride(0),
+        LIMIT=INT8_STEPS if dtype == torch.int8 else LARGEST_FLOAT8,
+        BLOCK=block,
+        num_warps=min(16, max(1, block // 512)),
+        **launch_options(x),
+    )
+    return values, scale
+
+
+def scale_integers(
+    product: torch.Tensor, row_scale: torch.Tensor, column_scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """int32 [rows, n] times row_scale [rows] and column_scale [n], in `dtype`."""
+    rows, width = product.shape
+    out = torch.empty(rows, width, dtype=dtype, device=product.device)
+    _scale_integers_kernel[(rows, triton.cdiv(width, 1024))](
+        product, row_scale, column_scale, out, width, BLOCK=1024, num_warps=4, **launch_options(product)
+    )
+    return out
+
+
+@triton.jit
+def _scale_integers_kernel(product, row_scale, column_scale, out, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_turn(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(product + row * width + columns, inside, other=0).to(tl.float32)
+    value *= tl.load(row_scale + row) * tl.load(column_scale + columns, inside, other=0.0)
+    tl.store(out + row * width + columns, value.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _int4_floats_kernel(
+    values,
+    scale,
+    zero,
+    out,
+    out_features,
+    num_blocks,
+    HALF: tl.constexpr,
+    GROUP_BLOCKS: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    IS_COMPILED: tl.constexpr,
+):
+    block = tl.program_id(0)
+    columns = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    inside = (columns < out_features)[:, None]
+    half = tl.arange(0, HALF)[None, :]
+    of_group = block // GROUP_BLOCKS * out_features + columns
+    packed = tl.load(values + (block.to(tl.int64) * out_features + columns[:, None]) * HALF + half, inside, other=0)
+    low, high = unpack_int4(packed, out.dtype.element_ty, IS_COMPILED)
+    own = tl.load(scale + of_group, columns < out_features, other=0.0).to(tl.float32)[:, None]
+    low, high = low.to(tl.float32), high.to(tl.float32)
+    if HAS_ZERO:
+        offset = tl.load(zero + of_group, columns < out_features, other=0).to(tl.float32)[:, None]
+        low, high = low - offset, high - offset
+    to = out + columns.to(tl.int64)[:, None] * (num_blocks * 2 * HALF) + block * (2 * HALF) + half
+    tl.store(to, (low * own).to(out.dtype.element_ty), inside)
+    tl.store(to + HALF, (high * own).to(out.dtype.element_ty), inside)
+
+
+def int4_floats(weight: Int4Blocks, dtype: torch.dtype) -> torch.Tensor:
+    """`dequantize_int4_blocks` in one pass."""
+    num_blocks, out_features, half = weight.values.shape
+    out = torch.empty(out_features, num_blocks * 2 * half, dtype=dtype, device=weight.values.device)
+    _int4_floats_kernel[(num_blocks, triton.cdiv(out_features, 64))](
+        weight.values,
+        weight.scale,
+        weight.zero if weight.zero is not None else weight.values,
+        out,
+        out_features,
+        num_blocks,
+        HALF=half,
+        GROUP_BLOCKS=num_blocks // weight.scale.shape[0],
+        HAS_ZERO=weight.zero is not None,
+        OUTPUTS=64,
+        IS_COMPILED=out.is_cuda,
+    )
+    return out
+
+
+@triton.jit
+def _byte_floats_kernel(values, scale, out, width, SCALE_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    at = row.to(tl.int64) * width + columns
+    value = tl.load(values + at, inside, other=0.0).to(tl.float32)
+    if SCALE_BLOCK > 0:
+        own = tl.load(
+            scale + row // SCALE_BLOCK * tl.cdiv(width, SCALE_BLOCK) + columns // SCALE_BLOCK, inside, other=0
+        )
+    else:
+        own = tl.load(scale + row)
+    tl.store(out + at, (value * own).to(out.dtype.element_ty), inside)
+
+
+def byte_floats(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix [out, in] behind 8-bit integers or floats (see `byte_linear`)."""
+    rows, width = values.shape
+    out = torch.empty(rows, width, dtype=dtype, device=values.device)
+    _byte_floats_kernel[(rows, triton.cdiv(width, 2048))](
+        values, scale, out, width, SCALE_BLOCK=FLOAT8_BLOCK if scale.ndim == 2 else 0, BLOCK=2048
+    )
+    return out

@@ -1,0 +1,376 @@
+"""Triton products of few rows with 4-bit and 8-bit weights, which become floats in registers on their way.
+
+The weights pass through once. 4 bits: the integers of one group of inputs are multiplied as they are and the sum takes
+the group's scale, so that a weight costs no more than its unpacking.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from powertrain.kernels.fused import silu_mul
+from powertrain.kernels.gpu.conversions import (
+    byte_floats,
+    int4_floats,
+    quantize_rows,
+    scale_integers,
+    unpack_int4,
+    widen_bytes,
+)
+from powertrain.kernels.gpu.launch import launch_options, prefetch, wait_turn
+from powertrain.kernels.gpu.matmul import sum_splits
+from powertrain.kernels.quantized import FLOAT8_BLOCK, Int4Blocks
+
+MAX_ROWS = 256
+"""More rows are bound by arithmetic: then the weights are made floats once and the library multiplies."""
+
+MAX_GATED_ROWS = 64
+"""The sums of gate and up for more rows do not fit in a program's registers together."""
+
+MAX_UNROUNDED_ROWS = 64
+"""W8A8 rounds its input above as many rows; below, the weights' bytes bound the product and the input stays as it is.
+"""
+
+
+class QuantizedConfig(NamedTuple):
+    """Launch settings: outputs of a program, pieces of the inputs that are summed apart, whether outputs are the rows
+    of the tensor cores' tiles instead of the activations, warps, stages."""
+
+    outputs: int
+    splits: int
+    swaps: bool
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def _add_product(weight, x, acc, SWAPS: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + the product of weight [outputs, inputs] and x [rows, inputs], as [outputs, rows] or [rows, outputs]."""
+    if SWAPS:
+        return tl.dot(weight, tl.trans(x), acc, input_precision=PRECISION)
+    else:
+        return tl.dot(x, tl.trans(weight), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, OUTPUTS: tl.constexpr, SWAPS: tl.constexpr):
+    if SWAPS:
+        return tl.zeros((OUTPUTS, ROWS), tl.float32)
+    else:
+        return tl.zeros((ROWS, OUTPUTS), tl.float32)
+
+
+@triton.jit
+def _by_output(scale, SWAPS: tl.constexpr):
+    if SWAPS:
+        return scale[:, None]
+    else:
+        return scale[None, :]
+
+
+@triton.jit
+def _store(out, acc, rows, columns, num_rows, out_features, SWAPS: tl.constexpr):
+    at = out + tl.program_id(1) * num_rows * out_features
+    if SWAPS:
+        acc = tl.trans(acc)
+    inside = (rows < num_rows)[:, None] & (columns < out_features)[None, :]
+    tl.store(at + rows[:, None] * out_features + columns[None, :], acc.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _gate(gate, up, dtype: tl.constexpr):
+    """silu(gate) * up, rounded where the product and the activation would be, were they apart."""
+    gate = gate.to(dtype).to(tl.float32)
+    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    return silu * up.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _int4_part(
+    values,
+    scale,
+    zero,
+    low_x,
+    high_x,
+    HAS_ZERO: tl.constexpr,
+    ROWS: tl.constexpr,
+    SWAPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    IS_COMPILED: tl.constexpr,
+):
+    """What one block of inputs adds: `values` points to bytes [outputs, half], `scale` and `zero` to one an output."""
+    packed = tl.load(values, eviction_policy="evict_first")
+    low, high = unpack_int4(packed, low_x.dtype, IS_COMPILED)
+    if HAS_ZERO:
+        offset = tl.load(zero).to(low_x.dtype)[:, None]
+        low, high = low - offset, high - offset
+    part = _add_product(low, low_x, _zeros(ROWS, packed.shape[0], SWAPS), SWAPS, PRECISION)
+    part = _add_product(high, high_x, part, SWAPS, PRECISION)
+    return part * _by_output(tl.load(scale).to(tl.float32), SWAPS)
+
+
+@triton.jit
+def _int4_kernel(
+    x,
+    values,
+    scale,
+    zero,
+    out,
+    num_rows,
+    out_features,
+    num_blocks,
+    x_stride,
+    HALF: tl.constexpr,
+    GROUP_BLOCKS: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SWAPS: tl.constexpr,
+    GATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    IS_COMPILED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    rows = tl.arange(0, ROWS)
+    half = tl.arange(0, HALF)
+    turns = tl.cdiv(num_blocks, SPLITS)
+    first = tl.program_id(1) * turns
+    end = tl.minimum(first + turns, num_blocks)
+    # outputs past the end read the last one again: no mask in the loop
+    column = tl.minimum(columns, out_features - 1)
+    all_outputs = out_features * 2 if GATED else out_features
+    stride = all_outputs.to(tl.int64) * HALF
+    own = values + column[:, None] * HALF
+    if PDL:
+        # the weights are older than any kernel under way: the first can come while it still runs
+        prefetch(own + tl.minimum(first, num_blocks - 1) * stride)
+    wait_turn(PDL)
+    x_at = x + tl.minimum(rows, num_rows - 1)[:, None] * x_stride + half[None, :]
+    acc = _zeros(ROWS, OUTPUTS, SWAPS)
+    up = _zeros(ROWS, OUTPUTS, SWAPS)
+    for block in range(first, end):
+        at = own + half[None, :] + block * stride
+        of_group = block // GROUP_BLOCKS * all_outputs + column
+        low_x = tl.load(x_at + block * (2 * HALF))
+        high_x = tl.load(x_at + block * (2 * HALF) + HALF)
+        acc += _int4_part(
+            at, scale + of_group, zero + of_group, low_x, high_x, HAS_ZERO, ROWS, SWAPS, PRECISION, IS_COMPILED
+        )
+        if GATED:
+            at += out_features * HALF
+            of_group += out_features
+            up += _int4_part(
+                at, scale + of_group, zero + of_group, low_x, high_x, HAS_ZERO, ROWS, SWAPS, PRECISION, IS_COMPILED
+            )
+    if GATED:
+        acc = _gate(acc, up, x.dtype.element_ty)
+    _store(out, acc, rows, columns, num_rows, out_features, SWAPS)
+
+
+@triton.jit
+def _byte_part(
+    values,
+    scale,
+    x,
+    acc,
+    inside,
+    HAS_BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SWAPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    IS_COMPILED: tl.constexpr,
+):
+    """acc with what one turn of inputs adds; `scale` points to each output's in this block, if there are blocks."""
+    weight = tl.load(values, inside, other=0.0, eviction_policy="evict_first")
+    weight = widen_bytes(weight, x.dtype, IS_COMPILED)
+    if HAS_BLOCKS:
+        part = _add_product(weight, x, _zeros(ROWS, weight.shape[0], SWAPS), SWAPS, PRECISION)
+        return acc + part * _by_output(tl.load(scale), SWAPS)
+    else:
+        return _add_product(weight, x, acc, SWAPS, PRECISION)
+
+
+@triton.jit
+def _byte_kernel(
+    x,
+    values,
+    scale,
+    out,
+    num_rows,
+    out_features,
+    in_features,
+    x_stride,
+    INPUTS: tl.constexpr,
+    HAS_BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SWAPS: tl.constexpr,
+    GATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    IS_COMPILED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    rows = tl.arange(0, ROWS)
+    inputs = tl.arange(0, INPUTS)
+    num_turns = tl.cdiv(in_features, INPUTS)
+    turns = tl.cdiv(num_turns, SPLITS)
+    first = tl.program_id(1) * turns * INPUTS
+    end = tl.minimum(first + turns * INPUTS, in_features)
+    column = tl.minimum(columns, out_features - 1)
+    own = values + column.to(tl.int64)[:, None] * in_features
+    half = out_features.to(tl.int64) * in_features
+    if PDL:
+        prefetch(own + tl.minimum(first + tl.arange(0, 8) * 128, in_features - 1)[None, :])
+    wait_turn(PDL)
+    x_at = x + tl.minimum(rows, num_rows - 1)[:, None] * x_stride + inputs[None, :]
+    acc = _zeros(ROWS, OUTPUTS, SWAPS)
+    up = _zeros(ROWS, OUTPUTS, SWAPS)
+    for start in range(first, end, INPUTS):
+        inside = (start + inputs < end)[None, :]
+        a = tl.load(x_at + start, inside, other=0.0)
+        at = own + inputs[None, :] + start
+        # a turn is one block of inputs, where there are blocks
+        of_block = scale + column // INPUTS * num_turns + start // INPUTS
+        acc = _byte_part(at, of_block, a, acc, inside, HAS_BLOCKS, ROWS, SWAPS, PRECISION, IS_COMPILED)
+        if GATED:
+            of_block = scale + (column + out_features) // INPUTS * num_turns + start // INPUTS
+            up = _byte_part(at + half, of_block, a, up, inside, HAS_BLOCKS, ROWS, SWAPS, PRECISION, IS_COMPILED)
+    if not HAS_BLOCKS:
+        acc *= _by_output(tl.load(scale + column), SWAPS)
+        if GATED:
+            up *= _by_output(tl.load(scale + out_features + column), SWAPS)
+    if GATED:
+        acc = _gate(acc, up, x.dtype.element_ty)
+    _store(out, acc, rows, columns, num_rows, out_features, SWAPS)
+
+
+def int4_linear(x: torch.Tensor, weight: Int4Blocks, is_gated: bool) -> torch.Tensor:
+    """`kernels.quantized.int4_blocks_linear`."""
+    num_rows = x.shape[0]
+    if is_gated and num_rows > MAX_GATED_ROWS:
+        return silu_mul(int4_linear(x, weight, False))
+    num_blocks, all_outputs, half = weight.values.shape
+    if num_rows > MAX_ROWS:
+        return torch.nn.functional.linear(x, int4_floats(weight, x.dtype))
+    out_features = all_outputs // 2 if is_gated else all_outputs
+    config = config_for(num_rows, out_features, num_blocks, is_gated)
+    out, target = _targets(x, out_features, config.splits)
+    _int4_kernel[(triton.cdiv(out_features, config.outputs), config.splits)](
+        x,
+        weight.values,
+        weight.scale,
+        weight.zero if weight.zero is not None else weight.values,
+        target,
+        num_rows,
+        out_features,
+        num_blocks,
+        x.stride(0),
+        HALF=half,
+        GROUP_BLOCKS=num_blocks // weight.scale.shape[0],
+        HAS_ZERO=weight.zero is not None,
+        OUTPUTS=config.outputs,
+        SPLITS=config.splits,
+        GATED=is_gated,
+        **_shared_options(x, config),
+    )
+    return sum_splits(target, out) if config.splits > 1 else out
+
+
+def float8_linear(
+    x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, rounds_input: bool, is_gated: bool
+) -> torch.Tensor:
+    """`kernels.quantized.float8_linear`, whose input is rounded above `MAX_UNROUNDED_ROWS` rows only."""
+    if x.shape[0] <= MAX_UNROUNDED_ROWS or not rounds_input or scale.ndim == 2:
+        return byte_linear(x, values, scale, is_gated)
+    narrow, own = quantize_rows(x, torch.float8_e4m3fn)
+    product = torch._scaled_mm(
+        narrow, values.t(), scale_a=own.unsqueeze(1), scale_b=scale.unsqueeze(0), out_dtype=torch.bfloat16
+    ).to(x.dtype)
+    return silu_mul(product) if is_gated else product
+
+
+def int8_linear(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`kernels.matmul.int8_linear`."""
+    return byte_linear(x, values, scale, is_gated=False)
+
+
+def int8_rounded_linear(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`kernels.quantized.int8_rounded_linear`, whose input is rounded above `MAX_UNROUNDED_ROWS` rows only."""
+    if x.shape[0] <= MAX_UNROUNDED_ROWS:
+        return byte_linear(x, values, scale, is_gated=False)
+    narrow, own = quantize_rows(x, torch.int8)
+    return scale_integers(torch._int_mm(narrow, values.t()), own, scale, x.dtype)
+
+
+def byte_linear(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, is_gated: bool) -> torch.Tensor:
+    """x [rows, in] times the transposed values [out, in], int8 or float8_e4m3fn, with float32 scales.
+
+    scale: [out], or [out / 128, in / 128] rounded up. `is_gated` as in `gated_linear`.
+    """
+    num_rows, in_features = x.shape
+    if is_gated and num_rows > MAX_GATED_ROWS:
+        return silu_mul(byte_linear(x, values, scale, False))
+    if num_rows > MAX_ROWS:
+        return torch.nn.functional.linear(x, byte_floats(values, scale, x.dtype))
+    out_features = values.shape[0] // 2 if is_gated else values.shape[0]
+    config = config_for(num_rows, out_features, -(-in_features // FLOAT8_BLOCK), is_gated)
+    out, target = _targets(x, out_features, config.splits)
+    _byte_kernel[(triton.cdiv(out_features, config.outputs), config.splits)](
+        x,
+        values,
+        scale,
+        target,
+        num_rows,
+        out_features,
+        in_features,
+        x.stride(0),
+        INPUTS=FLOAT8_BLOCK,
+        HAS_BLOCKS=scale.ndim == 2,
+        OUTPUTS=config.outputs,
+        SPLITS=config.splits,
+        GATED=is_gated,
+        **_shared_options(x, config),
+    )
+    return sum_splits(target, out) if config.splits > 1 else out
+
+
+def config_for(num_rows: int, out_features: int, turns: int, is_gated: bool) -> QuantizedConfig:
+    """A guess: enough programs for every processor, each with a run of several turns."""
+    if num_rows > 128:
+        outputs, warps, stages = 128, 8, 3
+    elif num_rows > 32:
+        outputs, warps, stages = 64, 4, 5 if num_rows <= 64 else 4
+    else:
+        outputs, warps, stages = (32 if is_gated or out_features < 8192 else 64), 2, 5
+    splits = 1
+    while not is_gated and splits < 8 and splits * out_features < 264 * outputs and turns >= 16 * splits:
+        splits *= 2
+    return QuantizedConfig(outputs, splits, num_rows > 32, warps, stages)
+
+
+def _targets(x: torch.Tensor, out_features: int, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result and what the kernel writes: the same, or float32 [splits, rows, out] whose sum it is."""
+    out = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
+    if splits == 1:
+        return out, out
+    return out, torch.empty(splits, *out.shape, dtype=torch.float32, device=x.device)
+
+
+def _shared_options(x: torch.Tensor, config: QuantizedConfig) -> dict[str, Any]:
+    return {
+        "ROWS": max(16, triton.next_power_of_2(x.shape[0])),
+        "SWAPS": config.swaps,
+        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
+        "IS_COMPILED": x.is_cuda,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        **launch_options(x),
+    }

@@ -1,0 +1,54 @@
+"""Quantized integers as a GPU multiplies them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from powertrain.kernels.quantized import Int4Blocks, dequantize_int4_blocks, int4_blocks_linear
+
+if TYPE_CHECKING:
+    from powertrain.model.weights import IntWeight
+
+HALVES = (64, 32, 16)
+"""Sizes of half a block that the kernels have: the largest that makes groups of whole blocks is taken."""
+
+
+class Int4Blocked:
+    """4-bit integers with a scale (and a zero) for each group of inputs, in `Int4Blocks`."""
+
+    name = "int4"
+
+    def __init__(self, blocks: Int4Blocks) -> None:
+        self._blocks = blocks
+        self.out_features = blocks.values.shape[1]
+
+    @classmethod
+    def pack(cls, weight: IntWeight, device: torch.device) -> Int4Blocked | None:
+        """None where no block size divides the groups."""
+        out_features, in_features = weight.values.shape
+        group_size = in_features // weight.scale.shape[1]
+        half = next((size for size in HALVES if group_size % (2 * size) == 0), None)
+        if half is None:
+            return None
+        unsigned = (weight.values.to(device) + 8).view(torch.uint8).view(out_features, -1, 2, half)
+        values = (unsigned[:, :, 0] | (unsigned[:, :, 1] << 4)).transpose(0, 1).contiguous()
+        zero = None if weight.zero_point is None else weight.zero_point.to(device).t().contiguous()
+        return cls(Int4Blocks(values, weight.scale.to(device).t().contiguous(), zero))
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        return int4_blocks_linear(x, self._blocks, False)
+
+    def gated_matmul(self, x: torch.Tensor) -> torch.Tensor | None:
+        """silu(gate) * up [rows, out / 2], with gate above up."""
+        return int4_blocks_linear(x, self._blocks, True)
+
+    def unpack(self) -> torch.Tensor:
+        return dequantize_int4_blocks(self._blocks, torch.float32)
+
+    def step_bytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in self._blocks if part is not None)
+
+    def nbytes(self) -> int:
+        return self.step_bytes()

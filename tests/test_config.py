@@ -45,11 +45,10 @@ def test_device_dtype_and_kernels(options: dict[str, Any], has_cuda: bool, settl
         ({"kernels": "triton"}, False, "--kernels triton runs on a GPU"),
         ({"kernels": "native", "dtype": "bfloat16"}, False, "--dtype bfloat16 goes with --kernels reference"),
         ({"kernels": "native", "block_size": 24}, False, "block_size must be a multiple of 16"),
-        ({"kernels": "reference", "kv_cache_dtype": "int8"}, False, "use --kernels native"),
-        ({"dtype": "float16", "kv_cache_dtype": "int8"}, False, "use --kernels native"),
-        ({"kv_cache_dtype": "int8"}, True, "use --kernels native"),
+        ({"kv_cache_dtype": "fp8"}, False, "int8 is as small and runs here"),
+        ({"kernels": "native", "kv_cache_dtype": "fp8"}, False, "or with --kernels reference"),
         ({"kernels": "fast"}, False, "kernels must be one of auto, native, triton, reference"),
-        ({"kv_cache_dtype": "fp8"}, False, "kv_cache_dtype must be one of auto, float32, float16, int8"),
+        ({"kv_cache_dtype": "int4"}, False, "kv_cache_dtype must be one of auto, float32, float16, int8, fp8"),
         ({"threads": 0}, False, "threads must be at least 1"),
         ({"gpu_memory_utilization": 1.5}, False, "gpu_memory_utilization must be in"),
     ],
@@ -63,6 +62,12 @@ def test_what_cannot_run_is_refused_by_name(options: dict[str, Any], has_cuda: b
 def test_native_kernels_take_every_cache_type(kv_cache_dtype: str) -> None:
     config = settle(kernels="native", kv_cache_dtype=kv_cache_dtype, block_size=32)
     assert config.cache.kv_cache_dtype == kv_cache_dtype
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+def test_8_bit_caches_run_on_a_gpu_and_on_the_reference(kv_cache_dtype: str) -> None:
+    assert settle(True, kv_cache_dtype=kv_cache_dtype).cache.kv_cache_dtype == kv_cache_dtype
+    assert settle(kernels="reference", kv_cache_dtype=kv_cache_dtype).cache.kv_cache_dtype == kv_cache_dtype
 
 
 def test_threads_are_the_physical_cores_unless_given() -> None:

@@ -10,20 +10,18 @@ from typing import Any, Literal, get_args
 
 from powertrain.types import PowertrainError
 
-KVCacheDType = Literal["auto", "float32", "float16", "int8"]
+KVCacheDType = Literal["auto", "float32", "float16", "int8", "fp8"]
 Kernels = Literal["auto", "native", "triton", "reference"]
 
 NATIVE_BLOCK_SIZE = 16
 """The native kernels read keys and values this many tokens at a time: their KV blocks are multiples of it."""
-
-INT8_CACHE_IS_NATIVE = "--kv-cache-dtype int8 runs on the native CPU kernels only: use --kernels native, or float16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
     """The paged KV cache. `num_blocks` None sizes the pool from memory (`kv_cache_memory_bytes` if given).
 
-    `kv_cache_dtype` auto is float16 on the native kernels and the compute type elsewhere; only the native have int8.
+    `kv_cache_dtype` auto is float16 on the native kernels and the compute type elsewhere; only the native have no fp8.
     """
 
     block_size: int = 16
@@ -122,8 +120,10 @@ def resolve(config: EngineConfig, *, has_cuda: bool, model_dtype: str) -> Engine
         _check_native(config, device)
     if kernels == "triton" and device != "cuda":
         raise PowertrainError("--kernels triton runs on a GPU: leave --kernels out, or choose native or reference")
-    if kernels in ("triton", "reference") and config.cache.kv_cache_dtype == "int8":
-        raise PowertrainError(INT8_CACHE_IS_NATIVE)
+    if config.cache.kv_cache_dtype == "fp8" and device == "cpu" and kernels != "reference":
+        raise PowertrainError(
+            "--kv-cache-dtype fp8 runs on a GPU or with --kernels reference; int8 is as small and runs here"
+        )
     dtype = config.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else ("float16" if model_dtype == "float16" else "bfloat16")

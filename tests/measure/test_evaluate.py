@@ -72,8 +72,12 @@ def test_the_candidate_runs_as_it_would_be_served(tiny_model_dir: TinyModel, tex
         assert (settings["kernels"], settings["kv_cache_dtype"]) == ("native", name)
     assert 0 <= found["auto"].kl_mean < 1e-5
     assert found["auto"].kl_mean < found["int8"].kl_mean < 0.05
-    with pytest.raises(PowertrainError, match="use --kernels native"):
-        evaluate(folder, folder, data=text_file, window=64, kernels="reference", kv_cache_dtype="int8")
+    for kind in ("int8", "fp8"):
+        plain = evaluate(folder, folder, data=text_file, window=64, kernels="reference", kv_cache_dtype=kind)
+        assert plain.settings["kv_cache_dtype"] == kind
+        assert 0 < plain.kl_mean < 0.05
+    with pytest.raises(PowertrainError, match="runs on a GPU or with --kernels reference"):
+        evaluate(folder, folder, data=text_file, window=64, kv_cache_dtype="fp8")
 
 
 def test_fewer_bits_are_further_away(tiny_model_dir: TinyModel, text_file: Path, compressed: dict[str, Path]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -102,12 +102,56 @@ class AttentionStep:
         return torch.from_numpy(values).to(self.device, non_blocking=True)
 
 
-def _write_kv(key_value: torch.Tensor, cache: torch.Tensor, step: AttentionStep) -> None:
-    """Store keys and values [tokens, 2 * kv_heads, d], keys first, at the step's slots of the layer's cache.
+class ScaledCache(NamedTuple):
+    """A layer's cache in 8 bits, each key and value of a head with its own scale: nothing to calibrate.
 
-    cache: [blocks, block_size, 2 * kv_heads, d]: one copy in and one gather out serve both.
+    values: int8 or float8_e4m3fn [blocks, block_size, 2 * kv_heads, d]; scales: float32 [blocks, block_size,
+    2 * kv_heads], absmax / 127 or absmax / 448.
     """
-    cache.view(-1, *key_value.shape[1:]).index_copy_(0, step.slots, key_value.to(cache.dtype))
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+
+LayerCache: TypeAlias = torch.Tensor | ScaledCache
+"""A layer's keys and values [blocks, block_size, 2 * kv_heads, d], keys first: one copy in and one gather out."""
+
+
+def entries(cache: LayerCache) -> torch.Tensor:
+    """What the cache stores, without scales."""
+    return cache.values if isinstance(cache, ScaledCache) else cache
+
+
+def largest_entry(dtype: torch.dtype) -> float:
+    """The largest number that a cache of 8 bits stores."""
+    return 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+
+
+def _write_kv(key_value: torch.Tensor, cache: LayerCache, step: AttentionStep) -> None:
+    """Store keys and values [tokens, 2 * kv_heads, d], keys first, at the step's slots of the layer's cache."""
+    if not isinstance(cache, ScaledCache):
+        cache.view(-1, *key_value.shape[1:]).index_copy_(0, step.slots, key_value.to(cache.dtype))
+        return
+    limit = largest_entry(cache.values.dtype)
+    scales = key_value.float().abs().amax(-1) / limit
+    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
+    scaled = (key_value.float() / scales.unsqueeze(-1)).clamp_(-limit, limit)
+    rounded = scaled.round_() if cache.values.dtype == torch.int8 else scaled
+    stored = rounded.to(cache.values.dtype).view(torch.uint8)  # what copies by index does not know 8-bit floats
+    cache.values.view(torch.uint8).view(-1, *key_value.shape[1:]).index_copy_(0, step.slots, stored)
+    cache.scales.view(-1, key_value.shape[1]).index_copy_(0, step.slots, scales)
+
+
+def _gather(cache: LayerCache, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Keys and values of whole blocks, [blocks * block_size, 2 * kv_heads, d] in `dtype`.
+
+    index_select copies whole blocks; indexing with the table itself is several times slower on a CPU.
+    """
+    if not isinstance(cache, ScaledCache):
+        return cache.index_select(0, blocks).flatten(0, 1).to(dtype)
+    values = cache.values.view(torch.uint8).index_select(0, blocks).view(cache.values.dtype)
+    scaled = values.float() * cache.scales.index_select(0, blocks).unsqueeze(-1)
+    return scaled.flatten(0, 1).to(dtype)
 
 
 def _rotate_and_write(
@@ -115,7 +159,7 @@ def _rotate_and_write(
     rope: tuple[torch.Tensor, torch.Tensor],
     norms: tuple[torch.Tensor, torch.Tensor] | None,
     eps: float,
-    cache: torch.Tensor,
+    cache: LayerCache,
     step: AttentionStep,
 ) -> torch.Tensor:
     """Norm and rotate queries and keys in place, store keys and values, return the queries [tokens, heads, d].
@@ -123,7 +167,7 @@ def _rotate_and_write(
     qkv: [tokens, heads + 2 * kv_heads, d]: queries, keys, values; `rope` as `apply_rope` takes it; `norms`: weights [d]
     of the queries' and the keys' RMSNorm (Qwen3), or None; cache and step as in `write_kv`.
     """
-    num_kv_heads = cache.shape[2] // 2
+    num_kv_heads = entries(cache).shape[2] // 2
     num_heads = qkv.shape[1] - 2 * num_kv_heads
     query_key = qkv[:, : num_heads + num_kv_heads]
     if norms is not None:
@@ -134,10 +178,10 @@ def _rotate_and_write(
     return qkv[:, :num_heads]
 
 
-def _paged_attention(query: torch.Tensor, cache: torch.Tensor, step: AttentionStep, window: int | None) -> torch.Tensor:
+def _paged_attention(query: torch.Tensor, cache: LayerCache, step: AttentionStep, window: int | None) -> torch.Tensor:
     """Causal grouped-query attention of this step's tokens over their whole contexts, which are already written.
 
-    query: [tokens, heads, d]; cache: [blocks, block_size, 2 * kv_heads, d]; `window` limits each token to the last
+    query: [tokens, heads, d]; `window` limits each token to the last
     `window` positions including its own (Mistral). Returns [tokens, heads, d].
     """
     if len(step.query_lens) == step.num_decodes:
@@ -154,21 +198,18 @@ def _paged_attention(query: torch.Tensor, cache: torch.Tensor, step: AttentionSt
     return output
 
 
-def _decode_attention(
-    query: torch.Tensor, cache: torch.Tensor, step: AttentionStep, window: int | None
-) -> torch.Tensor:
+def _decode_attention(query: torch.Tensor, cache: LayerCache, step: AttentionStep, window: int | None) -> torch.Tensor:
     """One query token per sequence, all sequences at once over contexts padded to the longest.
 
     The heads that share a key head become the rows of one small product, so that no key is repeated in memory.
     """
     num_seqs, num_heads, head_dim = query.shape
-    block_size, num_kv_heads = cache.shape[1], cache.shape[2] // 2
+    block_size, num_kv_heads = entries(cache).shape[1], entries(cache).shape[2] // 2
     longest = max(step.context_lens[:num_seqs])
     tables = step.block_tables[:num_seqs, : -(-longest // block_size)]
     width = tables.shape[1] * block_size
-    # index_select copies whole blocks; indexing with the table itself is several times slower on a CPU
-    gathered = cache.index_select(0, tables.flatten()).view(num_seqs, width, 2 * num_kv_heads, head_dim)
-    keys, values = gathered.transpose(1, 2).to(query.dtype).chunk(2, dim=1)
+    gathered = _gather(cache, tables.flatten(), query.dtype).view(num_seqs, width, 2 * num_kv_heads, head_dim)
+    keys, values = gathered.transpose(1, 2).chunk(2, dim=1)
     grouped = query.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
     mask = None
     if num_seqs == 1 and window is None:
@@ -197,18 +238,18 @@ def _decode_mask(
 
 def _prefill_attention(
     query: torch.Tensor,
-    cache: torch.Tensor,
+    cache: LayerCache,
     block_table: torch.Tensor,
     context: int,
     window: int | None,
 ) -> torch.Tensor:
     """A chunk of one sequence: query [tokens, heads, d] are the last `tokens` of `context` positions."""
-    num_tokens, num_heads, head_dim = query.shape
-    block_size, num_kv_heads = cache.shape[1], cache.shape[2] // 2
+    num_tokens, num_heads, _ = query.shape
+    block_size, num_kv_heads = entries(cache).shape[1], entries(cache).shape[2] // 2
     blocks = block_table[: -(-context // block_size)]
     groups = num_heads // num_kv_heads
-    gathered = cache.index_select(0, blocks).view(-1, 2 * num_kv_heads, head_dim)[:context]
-    keys, values = gathered.transpose(0, 1).to(query.dtype).chunk(2)
+    gathered = _gather(cache, blocks, query.dtype)[:context]
+    keys, values = gathered.transpose(0, 1).chunk(2)
     if groups > 1:
         keys = keys.repeat_interleave(groups, dim=0)
         values = values.repeat_interleave(groups, dim=0)

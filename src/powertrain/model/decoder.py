@@ -10,13 +10,12 @@ from typing import Literal
 import numpy as np
 import torch
 
-from powertrain.config import INT8_CACHE_IS_NATIVE, KVCacheDType
-from powertrain.kernels.attention import AttentionStep, attention_backends
+from powertrain.config import KVCacheDType
+from powertrain.kernels.attention import AttentionStep, LayerCache, ScaledCache, attention_backends
 from powertrain.kernels.op import reference_only
 from powertrain.model.families import ModelConfig
 from powertrain.model.layers import Block, Linear, RMSNorm, Rope
 from powertrain.model.weights import Dense
-from powertrain.types import PowertrainError
 
 
 class KVCache:
@@ -25,10 +24,14 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        """Zeros, since a masked position still meets 0 * value."""
+        """Zeros, since a masked position still meets 0 * value. A type of 8 bits has scales beside it."""
         shape = (num_blocks, block_size, 2 * config.num_kv_heads, config.head_dim)
         self.block_size = block_size
-        self.layers = [_zeros(shape, device, dtype) for _ in range(config.num_layers)]
+        self.layers: list[LayerCache] = []
+        for _ in range(config.num_layers):
+            values = _zeros(shape, device, dtype)
+            has_scales = dtype.itemsize == 1
+            self.layers.append(ScaledCache(values, _zeros(shape[:3], device, torch.float32)) if has_scales else values)
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -115,8 +118,6 @@ class Decoder:
         """The same decoder with caches of another type; `auto` leaves it as it is. Raises `PowertrainError`."""
         if dtype in ("auto", self.kv_cache_dtype):
             return self
-        if dtype == "int8":
-            raise PowertrainError(INT8_CACHE_IS_NATIVE)
         other = copy.copy(self)
         other.kv_cache_dtype = dtype
         return other
@@ -126,6 +127,8 @@ class Decoder:
         return KVCache(self.config, num_blocks, block_size, self.device, self._cache_dtype())
 
     def _cache_dtype(self) -> torch.dtype:
+        if self.kv_cache_dtype == "fp8":
+            return torch.float8_e4m3fn
         dtype: torch.dtype = getattr(torch, self.kv_cache_dtype)
         return dtype
 
@@ -160,7 +163,9 @@ class Decoder:
         return sum(linear.nbytes() for linear in self.linears()) + table
 
     def kv_bytes_per_token(self) -> int:
-        return self.config.kv_bytes_per_token(self._cache_dtype().itemsize)
+        size = self._cache_dtype().itemsize
+        scales = 4 * 2 * self.config.num_layers * self.config.num_kv_heads if size == 1 else 0
+        return self.config.kv_bytes_per_token(size) + scales
 
     def flops_per_token(self, context: int) -> int:
         return self.config.flops_per_token(context)

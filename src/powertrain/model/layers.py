@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from powertrain.kernels.attention import AttentionStep, paged_attention, rotate_and_write
+from powertrain.kernels.attention import AttentionStep, LayerCache, paged_attention, rotate_and_write
 from powertrain.kernels.fused import add_rms_norm, rms_norm, silu_mul
 from powertrain.model.families import ModelConfig
 from powertrain.model.weights import GatedFormat, WeightFormat
@@ -111,7 +111,7 @@ class Attention:
         self,
         x: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
-        cache: torch.Tensor,
+        cache: LayerCache,
         step: AttentionStep,
     ) -> torch.Tensor:
         qkv = self.qkv(x).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
@@ -148,7 +148,7 @@ class Block:
         x: torch.Tensor,
         delta: torch.Tensor | None,
         rope: tuple[torch.Tensor, torch.Tensor],
-        cache: torch.Tensor,
+        cache: LayerCache,
         step: AttentionStep,
     ) -> torch.Tensor:
         """x [tokens, hidden] becomes x + delta + this layer's attention; returns what its MLP adds."""

@@ -83,6 +83,12 @@ def widen_bytes(weight, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):
 
 
 @triton.jit
+def round_to_integer(value):
+    """float32 to the nearest integer, halves to even: this much added and taken away does it below 2^22."""
+    return (value + 12582912.0) - 12582912.0
+
+
+@triton.jit
 def _quantize_rows_kernel(
     x, values, scale, width, x_stride, LIMIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
@@ -95,8 +101,7 @@ def _quantize_rows_kernel(
     own = tl.where(own == 0.0, 1.0, own)
     value = value / own
     if values.dtype.element_ty == tl.int8:
-        # this much added and taken away rounds to the nearest integer, halves to even
-        value = tl.clamp((value + 12582912.0) - 12582912.0, -128.0, 127.0)
+        value = tl.clamp(round_to_integer(value), -128.0, 127.0)
     else:
         value = tl.clamp(value, -LIMIT, LIMIT)
     tl.store(values + row * width + columns, value.to(values.dtype.element_ty), inside)

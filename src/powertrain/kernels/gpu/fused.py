@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from powertrain.kernels.attention import AttentionStep
+from powertrain.kernels.attention import AttentionStep, LayerCache, ScaledCache, entries, largest_entry
+from powertrain.kernels.gpu.conversions import round_to_integer
 from powertrain.kernels.gpu.launch import launch_options, wait_turn
 
 
@@ -97,6 +98,7 @@ def _norm_rope_write_kernel(
     query_norm,
     key_norm,
     cache,
+    scales,
     slots,
     eps,
     NUM_HEADS: tl.constexpr,
@@ -104,6 +106,7 @@ def _norm_rope_write_kernel(
     DIM: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    LARGEST_ENTRY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_turn(PDL)
@@ -134,9 +137,19 @@ def _norm_rope_write_kernel(
     if is_key:
         slot = tl.load(slots + token)
         if slot >= 0:  # a padded row of a graph has no place
-            to = cache + (slot * (2 * NUM_KV_HEADS) + head - NUM_HEADS) * DIM
-            tl.store(to + columns, low.to(dtype).to(cache.dtype.element_ty), inside)
-            tl.store(to + half + columns, high.to(dtype).to(cache.dtype.element_ty), inside)
+            place = slot * (2 * NUM_KV_HEADS) + head - NUM_HEADS
+            low, high = low.to(dtype).to(tl.float32), high.to(dtype).to(tl.float32)
+            if LARGEST_ENTRY > 0.0:
+                own = tl.maximum(tl.max(tl.abs(low), 0), tl.max(tl.abs(high), 0)) / LARGEST_ENTRY
+                own = tl.where(own == 0.0, 1.0, own)
+                tl.store(scales + place, own)
+                low = tl.clamp(low / own, -LARGEST_ENTRY, LARGEST_ENTRY)
+                high = tl.clamp(high / own, -LARGEST_ENTRY, LARGEST_ENTRY)
+                if cache.dtype.element_ty == tl.int8:
+                    low, high = round_to_integer(low), round_to_integer(high)
+            to = cache + place * DIM
+            tl.store(to + columns, low.to(cache.dtype.element_ty), inside)
+            tl.store(to + half + columns, high.to(cache.dtype.element_ty), inside)
     else:
         tl.store(at + columns, low.to(dtype), inside)
         tl.store(at + half + columns, high.to(dtype), inside)
@@ -147,12 +160,13 @@ def rotate_and_write(
     rope: tuple[torch.Tensor, torch.Tensor],
     norms: tuple[torch.Tensor, torch.Tensor] | None,
     eps: float,
-    cache: torch.Tensor,
+    cache: LayerCache,
     step: AttentionStep,
 ) -> torch.Tensor:
     """`kernels.attention.rotate_and_write`; a negative slot writes nothing."""
     num_tokens, num_heads_all, dim = qkv.shape
-    num_kv_heads = cache.shape[2] // 2
+    stored = entries(cache)
+    num_kv_heads = stored.shape[2] // 2
     num_heads = num_heads_all - 2 * num_kv_heads
     cos, sin = rope
     query_norm, key_norm = norms if norms is not None else (None, None)
@@ -162,7 +176,8 @@ def rotate_and_write(
         sin,
         query_norm,
         key_norm,
-        cache,
+        stored,
+        cache.scales if isinstance(cache, ScaledCache) else stored,
         step.slots,
         eps,
         NUM_HEADS=num_heads,
@@ -170,6 +185,7 @@ def rotate_and_write(
         DIM=dim,
         HALF_BLOCK=triton.next_power_of_2(dim // 2),
         HAS_NORM=norms is not None,
+        LARGEST_ENTRY=largest_entry(stored.dtype) if isinstance(cache, ScaledCache) else 0.0,
         num_warps=1,
         **launch_options(qkv),
     )

@@ -65,7 +65,8 @@ def test_sampling_flags_are_sampling_parameters(verb: Callable[..., None]) -> No
 
 
 @pytest.mark.parametrize(
-    "verb", [cli.compress, cli.evaluate, cli.bench_engine, cli.bench_serve, cli.roofline, cli.optimize]
+    "verb",
+    [cli.compress, cli.evaluate, cli.bench_kernels, cli.bench_engine, cli.bench_serve, cli.roofline, cli.optimize],
 )
 def test_measuring_verbs_take_json(verb: Callable[..., None]) -> None:
     assert "json" in flags_of(verb)

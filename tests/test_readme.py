@@ -14,8 +14,8 @@ from powertrain import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-VERBS = ["pull", "generate", "chat", "serve", "route", "compress", "evaluate", "bench engine", "bench serve"]
-VERBS += ["roofline", "optimize"]
+VERBS = ["pull", "generate", "chat", "serve", "route", "compress", "evaluate", "bench kernels", "bench engine"]
+VERBS += ["bench serve", "roofline", "optimize"]
 
 
 def blocks(language: str) -> list[str]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +20,7 @@ from powertrain.cli_options import (
     engine_options,
     sampling_options,
 )
+from powertrain.cli_output import progress_bars, say, write_json
 from powertrain.config import Kernels, KVCacheDType
 from powertrain.types import PowertrainError
 
@@ -32,10 +32,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench = typer.Typer(help="Measure speed: the engine alone, or a server under load.", no_args_is_help=True)
+bench = typer.Typer(help="Measure speed: the kernels, the engine alone, or a server under load.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-
-Progress = Callable[[str, float, float | None], None]
 
 
 def main() -> None:
@@ -47,39 +45,6 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def say(message: str) -> None:
-    """One line for the person, on stderr: stdout carries only results."""
-    print(message, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def progress_bars() -> Iterator[Progress]:
-    """A callback `(what, done, total)` that draws one bar per `what` on stderr; silent when that is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-
-        def show(what: str, done: float, total: float | None) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield show
-
-
-def write_json(path: Path | None, record: dict[str, Any]) -> None:
-    """Write `record` where `--json` says, if it was given."""
-    if path is not None:
-        from powertrain.measure.record import write_record
-
-        write_record(path, record)
-        say(f"wrote {path}")
 
 
 def _print_version(is_asked: bool) -> None:
@@ -318,6 +283,42 @@ def evaluate(
     if (Path(candidate) / MANIFEST_FILE).is_file():
         update_manifest(candidate, evaluation=found.to_dict())
         say(f"kept in {Path(candidate) / MANIFEST_FILE}")
+
+
+@bench.command("kernels")
+def bench_kernels(
+    device: Annotated[Device, typer.Option(help="Where to run.")] = "auto",
+    op: Annotated[list[str] | None, typer.Option(help="Only this op (repeatable, or a comma list).")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Model whose sizes to take; llama-3.1-8b on CUDA, smollm2-135m on a CPU.")
+    ] = None,
+    rows: Annotated[str, typer.Option(help="Numbers of rows.")] = "1,8,32,64,256",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Say why a provider did not run.")] = False,
+    git: Annotated[str | None, typer.Option(help="Commit to record where git is missing.")] = None,
+    json: JsonFile = None,
+) -> None:
+    """Each kernel at a model's sizes: checked against its reference, timed, beside the floor of this machine."""
+    from rich.console import Console
+
+    from powertrain.measure import bench_kernels as measure
+
+    with progress_bars() as progress:
+        made = measure.bench_kernels(
+            device=device,
+            ops=op or (),
+            shape=shape,
+            rows=comma_numbers("--rows", rows),
+            threads=threads,
+            git=git,
+            progress=progress,
+        )
+    Console(width=100).print(measure.table(made))
+    if verbose:
+        print("\n".join(measure.explanations(made)))
+    write_json(json, made)
+    if measure.num_wrong(made):
+        raise typer.Exit(1)
 
 
 @bench.command("engine")

@@ -36,6 +36,7 @@ def test_explain_names_what_runs_and_why_not_the_others():
     small = Provider("small", lambda x: x + 1, lambda x: None if x < 3 else f"{x} is too large")
     op = Op("bump", lambda x: x + 1, (never, small))
     assert (op(1), op(5)) == (2, 6)
+    assert op.choose(5) == ("reference", ["gpu: no GPU here", "small: 5 is too large"])
     assert op.explain(1) == "bump: small (not gpu: no GPU here)"
     assert op.explain(5) == "bump: reference (not gpu: no GPU here; small: 5 is too large)"
 

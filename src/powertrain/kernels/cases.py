@@ -21,7 +21,8 @@ from powertrain.kernels.op import Op
 class Case:
     """Arguments for one op. `tolerance` is ||out - reference|| / ||reference|| a provider may reach at most.
 
-    `num_bytes` counts each input read once and each output written once; `num_flops` multiplies and adds.
+    `num_bytes` counts each input read once and each output written once; `num_flops` multiplies and adds. `written`:
+    places of the arguments that the op writes and that must be right as well. `make` takes its generator's device.
     """
 
     op: Op[Any, torch.Tensor]
@@ -30,6 +31,9 @@ class Case:
     tolerance: float
     num_bytes: int
     num_flops: int
+    written: tuple[int, ...] = ()
+    has_float_peak: bool = True
+    """Whether the peak of floating-point products bounds it; that of narrow integers and 8-bit floats is higher."""
 
 
 # the default model's products: attention output, gate-up and down, and a row length no power of two divides

@@ -56,14 +56,21 @@ class Op(Generic[P, R]):
                     return out
         return self.reference(*args, **kwargs)
 
-    def explain(self, *args: Any, **kwargs: Any) -> str:
-        """One line: who would run these arguments, and why each one before it would not."""
+    def choose(self, *args: Any, **kwargs: Any) -> tuple[str, list[str]]:
+        """The name of who would run these arguments, and why each one before it would not."""
         if _is_reference_only.get():
-            return f"{self.name}: reference (asked for)"
+            return "reference", []
         refusals = [f"{name}: {reason}" for name, reason in self.unsupported.items()]
         for provider in self.providers:
             reason = provider.accepts(*args, **kwargs)
             if reason is None:
-                return f"{self.name}: {provider.name}" + (f" (not {'; '.join(refusals)})" if refusals else "")
+                return provider.name, refusals
             refusals.append(f"{provider.name}: {reason}")
-        return f"{self.name}: reference" + (f" (not {'; '.join(refusals)})" if refusals else "")
+        return "reference", refusals
+
+    def explain(self, *args: Any, **kwargs: Any) -> str:
+        """`choose` in one line."""
+        if _is_reference_only.get():
+            return f"{self.name}: reference (asked for)"
+        name, refusals = self.choose(*args, **kwargs)
+        return f"{self.name}: {name}" + (f" (not {'; '.join(refusals)})" if refusals else "")

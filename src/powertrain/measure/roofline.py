@@ -118,7 +118,7 @@ def measure_ceilings(device: str = "cpu", dtype: torch.dtype | None = None, thre
     dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
     threads = None if device == "cuda" else threads or physical_cores()
     name = str(dtype).removeprefix("torch.")
-    with _torch_threads(threads), torch.inference_mode():
+    with torch_threads(threads), torch.inference_mode():
         ceilings = Ceilings(read_bandwidth(device), matmul_peak(device, dtype), device, name, threads)
     if device == "cuda":
         torch.cuda.empty_cache()  # the buffers are gone; the KV pool that comes next is sized by what is free
@@ -350,7 +350,7 @@ def _best_seconds(run: Callable[[], torch.Tensor], device: str, repeats: int) ->
 
 
 @contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
+def torch_threads(threads: int | None) -> Iterator[None]:
     """Run a block with torch on `threads` threads: the ceiling must be of the setting that is then measured."""
     before = torch.get_num_threads()
     if threads is not None:

@@ -337,6 +337,10 @@ class PackedMatrix:
         self._native.matmul(self._team, self.matrix, x.to(torch.float32).contiguous(), out)
         return out.to(x.dtype)
 
+    def copy(self) -> PackedMatrix:
+        """The same matrix over bytes of its own."""
+        return PackedMatrix(self.stream.clone(), self.layout, self._native, self._team)
+
     def unpack(self) -> Tensor:
         return unpack(self.stream, self.layout)
 

@@ -30,6 +30,7 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
         "auto takes the native ones on a CPU where they are built and --dtype is not given, Triton's on a GPU; "
         "else the reference.",
     ),
+    "deterministic": (bool, "The same bits for a request alone and in any batch; slower on a GPU."),
     "max_model_len": (int, "Longest prompt plus output, in tokens."),
     "max_num_seqs": (int, "Most sequences in one step."),
     "max_num_batched_tokens": (int, "Token budget of one step, shared by decodes and prefill chunks."),
@@ -39,7 +40,7 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     "gpu_memory_utilization": (float, "Share of GPU memory to use."),
     "kv_cache_dtype": (
         KVCacheDType,
-        "KV cache type; auto is float16 on the native kernels, else that of activations. int8 needs the native ones.",
+        "KV cache type; auto is float16 on the native kernels, else that of activations. fp8 needs a GPU.",
     ),
     "threads": (int, "CPU threads; one per physical core if not given."),
     "seed": (int, "Seed of requests that bring none."),

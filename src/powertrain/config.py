@@ -56,11 +56,14 @@ class EngineConfig:
 
     `kernels` auto takes the native ones on a CPU where they are built, and Triton's on a GPU where it is installed; on
     a CPU a `dtype` that is not auto asks for torch's products on weights of that type, which only the reference has.
+    `deterministic`: a request has the same tokens and log-probabilities, to the bit, alone and in any batch; it costs
+    speed on a GPU, and nothing on the native CPU kernels, which are so in any case.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kernels: Kernels = "auto"
+    deterministic: bool = False
     max_model_len: int | None = None
     threads: int | None = None
     seed: int = 0
@@ -123,6 +126,10 @@ def resolve(config: EngineConfig, *, has_cuda: bool, model_dtype: str) -> Engine
     if config.cache.kv_cache_dtype == "fp8" and device == "cpu" and kernels != "reference":
         raise PowertrainError(
             "--kv-cache-dtype fp8 runs on a GPU or with --kernels reference; int8 is as small and runs here"
+        )
+    if config.deterministic and kernels == "reference":
+        raise PowertrainError(
+            "--deterministic runs on the native kernels or Triton's: torch's own sum in an order that depends on the batch"
         )
     dtype = config.dtype
     if dtype == "auto":

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from powertrain.kernels.fused import apply_rope, rms_norm
-from powertrain.kernels.gpu_provider import triton_provider
+from powertrain.kernels.gpu_provider import BY_ROW, invariant_provider, triton_provider
 from powertrain.kernels.op import Op
 
 
@@ -282,5 +282,11 @@ def attention_backends(device: torch.device) -> AbstractContextManager[None]:
 
 
 write_kv = Op("write_kv", _write_kv)
-rotate_and_write = Op("rotate_and_write", _rotate_and_write, (triton_provider("fused", "rotate_and_write"),))
-paged_attention = Op("paged_attention", _paged_attention, (triton_provider("attention", "paged_attention"),))
+rotate_and_write = Op(
+    "rotate_and_write", _rotate_and_write, (triton_provider("fused", "rotate_and_write", None, BY_ROW),)
+)
+paged_attention = Op(
+    "paged_attention",
+    _paged_attention,
+    (triton_provider("attention", "paged_attention"), invariant_provider("paged_attention")),
+)

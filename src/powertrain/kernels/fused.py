@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from powertrain.kernels.gpu_provider import refuse_gaps, triton_provider
+from powertrain.kernels.gpu_provider import BY_ROW, refuse_gaps, triton_provider
 from powertrain.kernels.op import Op
 
 
@@ -43,7 +43,7 @@ def _silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-rms_norm = Op("rms_norm", _rms_norm, (triton_provider("fused", "rms_norm", refuse_gaps),))
-add_rms_norm = Op("add_rms_norm", _add_rms_norm, (triton_provider("fused", "add_rms_norm", refuse_gaps),))
+rms_norm = Op("rms_norm", _rms_norm, (triton_provider("fused", "rms_norm", refuse_gaps, BY_ROW),))
+add_rms_norm = Op("add_rms_norm", _add_rms_norm, (triton_provider("fused", "add_rms_norm", refuse_gaps, BY_ROW),))
 apply_rope = Op("apply_rope", _apply_rope)
-silu_mul = Op("silu_mul", _silu_mul, (triton_provider("fused", "silu_mul", refuse_gaps),))
+silu_mul = Op("silu_mul", _silu_mul, (triton_provider("fused", "silu_mul", refuse_gaps, BY_ROW),))

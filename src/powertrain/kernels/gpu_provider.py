@@ -12,12 +12,17 @@ from typing import Any
 
 import torch
 
-from powertrain.kernels.op import Provider
+from powertrain.kernels.op import Choice, Provider
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def triton_provider(module: str, function: str, refuses: Callable[..., str | None] | None = None) -> Provider[Any, Any]:
+def triton_provider(
+    module: str,
+    function: str,
+    refuses: Callable[..., str | None] | None = None,
+    choices: tuple[Choice, ...] = ("fast",),
+) -> Provider[Any, Any]:
     """`powertrain.kernels.gpu.<module>.<function>`, which takes the op's own arguments, a tensor first.
 
     `refuses` gives the reason why it does not take some that are on a CUDA device.
@@ -29,7 +34,16 @@ def triton_provider(module: str, function: str, refuses: Callable[..., str | Non
     def accepts(*args: Any) -> str | None:
         return _refuse(*args) or (refuses(*args) if refuses is not None else None)
 
-    return Provider("triton", run, accepts, unsupported)
+    return Provider("triton", run, accepts, unsupported, choices)
+
+
+def invariant_provider(function: str, refuses: Callable[..., str | None] | None = None) -> Provider[Any, Any]:
+    """`powertrain.kernels.gpu.invariant.<function>`."""
+    return triton_provider("invariant", function, refuses, ("invariant",))
+
+
+BY_ROW: tuple[Choice, ...] = ("fast", "invariant")
+"""Choices of a kernel that computes each row by itself in one way."""
 
 
 def unsupported() -> str | None:

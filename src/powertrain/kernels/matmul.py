@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from powertrain.kernels.fused import silu_mul
-from powertrain.kernels.gpu_provider import refuse_gaps, triton_provider
+from powertrain.kernels.gpu_provider import invariant_provider, refuse_gaps, triton_provider
 from powertrain.kernels.op import Op, Provider
 
 MAX_PACKED_ROWS = 64
@@ -112,14 +112,19 @@ def _skinny(function: str) -> Provider[[torch.Tensor, torch.Tensor], torch.Tenso
     return triton_provider("matmul", function, _refuse_many_rows)
 
 
-dense_linear = Op("dense_linear", _dense_linear, (_skinny("dense_linear"),))
-gated_linear = Op("gated_linear", _gated_linear, (_skinny("gated_linear"),))
+dense_linear = Op(
+    "dense_linear", _dense_linear, (_skinny("dense_linear"), invariant_provider("dense_linear", refuse_gaps))
+)
+gated_linear = Op(
+    "gated_linear", _gated_linear, (_skinny("gated_linear"), invariant_provider("gated_linear", refuse_gaps))
+)
 int8_linear = Op(
     "int8_linear",
     _int8_linear,
     (
         Provider("torch", _int8_linear_torch, _accepts_int8),
         triton_provider("quantized", "int8_linear", refuse_gaps),
+        invariant_provider("int8_linear", refuse_gaps),
     ),
 )
 int4_linear = Op("int4_linear", _int4_linear, (Provider("torch", _int4_linear_torch, _accepts_int4),))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from powertrain.kernels.fused import silu_mul
-from powertrain.kernels.gpu_provider import refuse_gaps, triton_provider
-from powertrain.kernels.op import Op
+from powertrain.kernels.gpu_provider import invariant_provider, refuse_gaps, triton_provider
+from powertrain.kernels.op import Op, Provider
 
 FLOAT8_BLOCK = 128
 """Outputs and inputs that share a scale in a matrix of blocks, and inputs of one row in its activations."""
@@ -107,10 +107,10 @@ def _int4_blocks_linear(x: torch.Tensor, weight: Int4Blocks, is_gated: bool) -> 
     return silu_mul(product) if is_gated else product
 
 
-float8_linear = Op("float8_linear", _float8_linear, (triton_provider("quantized", "float8_linear", refuse_gaps),))
-int8_rounded_linear = Op(
-    "int8_rounded_linear", _int8_rounded_linear, (triton_provider("quantized", "int8_rounded_linear", refuse_gaps),)
-)
-int4_blocks_linear = Op(
-    "int4_blocks_linear", _int4_blocks_linear, (triton_provider("quantized", "int4_linear", refuse_gaps),)
-)
+def _providers(function: str) -> tuple[Provider[Any, Any], ...]:
+    return triton_provider("quantized", function, refuse_gaps), invariant_provider(function, refuse_gaps)
+
+
+float8_linear = Op("float8_linear", _float8_linear, _providers("float8_linear"))
+int8_rounded_linear = Op("int8_rounded_linear", _int8_rounded_linear, _providers("int8_rounded_linear"))
+int4_blocks_linear = Op("int4_blocks_linear", _int4_blocks_linear, _providers("int4_linear"))

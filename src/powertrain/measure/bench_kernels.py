@@ -32,7 +32,7 @@ from powertrain.kernels import gpu_provider, native
 from powertrain.kernels.attention import AttentionStep, attention_backends
 from powertrain.kernels.cases import Case
 from powertrain.kernels.model_cases import MODEL_CASES, MODEL_SHAPES, Workload
-from powertrain.kernels.op import Op, reference_only
+from powertrain.kernels.op import Op, choosing
 from powertrain.measure import record, roofline
 from powertrain.measure.native_cases import NATIVE_OP, native_cases
 from powertrain.model.packed import PackedMatrix
@@ -165,7 +165,7 @@ def _row(case: Case, device: str, ceilings: roofline.Ceilings) -> dict[str, Any]
 
 def _error(case: Case, args: tuple[Any, ...]) -> float:
     """The largest relative distance of the result and of each written argument; NaN and infinity stay what they are."""
-    with reference_only():
+    with choosing("reference"):
         expected = _outputs(case, case.op.reference, _copy(args, widens=True))
     found = _outputs(case, case.op, _copy(args))
     errors = [_distance(*pair) for pair in zip(found, expected, strict=True)]

@@ -12,7 +12,7 @@ import torch
 
 from powertrain.config import KVCacheDType
 from powertrain.kernels.attention import AttentionStep, LayerCache, ScaledCache, attention_backends
-from powertrain.kernels.op import reference_only
+from powertrain.kernels.op import Choice, choosing
 from powertrain.model.families import ModelConfig
 from powertrain.model.layers import Block, Linear, RMSNorm, Rope
 from powertrain.model.weights import Dense
@@ -50,6 +50,9 @@ class Decoder:
     """
 
     kernels: Literal["native", "triton", "reference"] = "reference"
+    is_deterministic = False
+    """Whether a row's bits shall not depend on the rows beside it; the native kernels are so in any case."""
+
     multiplies_integers = False
     """Whether products run on activations rounded to 8 bits: faster than a peak in wider floats says."""
 
@@ -111,8 +114,11 @@ class Decoder:
         return top_of(self.logits(hidden), k)
 
     def _providers(self) -> AbstractContextManager[None]:
-        """On a GPU, what `kernels` says of the ops' providers."""
-        return reference_only(self.kernels == "reference" and self.device.type == "cuda")
+        """On a GPU, what `kernels` and `is_deterministic` say of the ops' providers."""
+        choice: Choice = "fast"
+        if self.device.type == "cuda":
+            choice = "reference" if self.kernels == "reference" else "invariant" if self.is_deterministic else "fast"
+        return choosing(choice)
 
     def with_kv_cache_dtype(self, dtype: KVCacheDType) -> Decoder:
         """The same decoder with caches of another type; `auto` leaves it as it is. Raises `PowertrainError`."""

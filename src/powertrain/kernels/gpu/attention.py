@@ -17,7 +17,7 @@ def paged_attention(query: torch.Tensor, cache: LayerCache, step: AttentionStep,
         split = step.shared.get("split")
         if split is None:
             longest = max(step.context_lens[:num_decodes])
-            processors = _num_processors(query.device)
+            processors = num_processors(query.device)
             split = split_decodes(step.context_lens_tensor, longest, num_kv_heads, processors)
             step.shared["split"] = split
         decode_attention(
@@ -31,8 +31,9 @@ def paged_attention(query: torch.Tensor, cache: LayerCache, step: AttentionStep,
     return out
 
 
-def _num_processors(device: torch.device) -> int:
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; a few under the interpreter."""
     if device.type != "cuda":
-        return 4  # the interpreter
+        return 4
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count

@@ -174,7 +174,7 @@ def _int4_kernel(
 
 
 @triton.jit
-def _byte_part(
+def _matrix_part(
     values,
     scale,
     x,
@@ -197,7 +197,7 @@ def _byte_part(
 
 
 @triton.jit
-def _byte_kernel(
+def _matrix_kernel(
     x,
     values,
     scale,
@@ -207,6 +207,7 @@ def _byte_kernel(
     in_features,
     x_stride,
     INPUTS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -239,11 +240,11 @@ def _byte_kernel(
         at = own + inputs[None, :] + start
         # a turn is one block of inputs, where there are blocks
         of_block = scale + column // INPUTS * num_turns + start // INPUTS
-        acc = _byte_part(at, of_block, a, acc, inside, HAS_BLOCKS, ROWS, SWAPS, PRECISION, IS_COMPILED)
+        acc = _matrix_part(at, of_block, a, acc, inside, HAS_BLOCKS, ROWS, SWAPS, PRECISION, IS_COMPILED)
         if GATED:
             of_block = scale + (column + out_features) // INPUTS * num_turns + start // INPUTS
-            up = _byte_part(at + half, of_block, a, up, inside, HAS_BLOCKS, ROWS, SWAPS, PRECISION, IS_COMPILED)
-    if not HAS_BLOCKS:
+            up = _matrix_part(at + half, of_block, a, up, inside, HAS_BLOCKS, ROWS, SWAPS, PRECISION, IS_COMPILED)
+    if HAS_SCALE and not HAS_BLOCKS:
         acc *= _by_output(tl.load(scale + column), SWAPS)
         if GATED:
             up *= _by_output(tl.load(scale + out_features + column), SWAPS)
@@ -257,31 +258,11 @@ def int4_linear(x: torch.Tensor, weight: Int4Blocks, is_gated: bool) -> torch.Te
     num_rows = x.shape[0]
     if is_gated and num_rows > MAX_GATED_ROWS:
         return silu_mul(int4_linear(x, weight, False))
-    num_blocks, all_outputs, half = weight.values.shape
     if num_rows > MAX_ROWS:
         return torch.nn.functional.linear(x, int4_floats(weight, x.dtype))
+    num_blocks, all_outputs, _ = weight.values.shape
     out_features = all_outputs // 2 if is_gated else all_outputs
-    config = config_for(num_rows, out_features, num_blocks, is_gated)
-    out, target = _targets(x, out_features, config.splits)
-    _int4_kernel[(triton.cdiv(out_features, config.outputs), config.splits)](
-        x,
-        weight.values,
-        weight.scale,
-        weight.zero if weight.zero is not None else weight.values,
-        target,
-        num_rows,
-        out_features,
-        num_blocks,
-        x.stride(0),
-        HALF=half,
-        GROUP_BLOCKS=num_blocks // weight.scale.shape[0],
-        HAS_ZERO=weight.zero is not None,
-        OUTPUTS=config.outputs,
-        SPLITS=config.splits,
-        GATED=is_gated,
-        **_shared_options(x, config),
-    )
-    return sum_splits(target, out) if config.splits > 1 else out
+    return int4_product(x, weight, config_for(num_rows, out_features, num_blocks, is_gated), is_gated)
 
 
 def float8_linear(
@@ -311,10 +292,7 @@ def int8_rounded_linear(x: torch.Tensor, values: torch.Tensor, scale: torch.Tens
 
 
 def byte_linear(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, is_gated: bool) -> torch.Tensor:
-    """x [rows, in] times the transposed values [out, in], int8 or float8_e4m3fn, with float32 scales.
-
-    scale: [out], or [out / 128, in / 128] rounded up. `is_gated` as in `gated_linear`.
-    """
+    """x [rows, in] times the transposed values [out, in], int8 or float8_e4m3fn, with scales as `matrix_product`."""
     num_rows, in_features = x.shape
     if is_gated and num_rows > MAX_GATED_ROWS:
         return silu_mul(byte_linear(x, values, scale, False))
@@ -322,18 +300,63 @@ def byte_linear(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, is_g
         return torch.nn.functional.linear(x, byte_floats(values, scale, x.dtype))
     out_features = values.shape[0] // 2 if is_gated else values.shape[0]
     config = config_for(num_rows, out_features, -(-in_features // FLOAT8_BLOCK), is_gated)
+    return matrix_product(x, values, scale, config, is_gated)
+
+
+def int4_product(x: torch.Tensor, weight: Int4Blocks, config: QuantizedConfig, is_gated: bool = False) -> torch.Tensor:
+    """x [rows <= 256, in] times the transposed matrix; `is_gated` as in `gated_linear`, in one split."""
+    num_rows = x.shape[0]
+    num_blocks, all_outputs, half = weight.values.shape
+    out_features = all_outputs // 2 if is_gated else all_outputs
     out, target = _targets(x, out_features, config.splits)
-    _byte_kernel[(triton.cdiv(out_features, config.outputs), config.splits)](
+    _int4_kernel[(triton.cdiv(out_features, config.outputs), config.splits)](
+        x,
+        weight.values,
+        weight.scale,
+        weight.zero if weight.zero is not None else weight.values,
+        target,
+        num_rows,
+        out_features,
+        num_blocks,
+        x.stride(0),
+        HALF=half,
+        GROUP_BLOCKS=num_blocks // weight.scale.shape[0],
+        HAS_ZERO=weight.zero is not None,
+        OUTPUTS=config.outputs,
+        SPLITS=config.splits,
+        GATED=is_gated,
+        **_shared_options(x, config),
+    )
+    return sum_splits(target, out) if config.splits > 1 else out
+
+
+def matrix_product(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scale: torch.Tensor | None,
+    config: QuantizedConfig,
+    is_gated: bool = False,
+) -> torch.Tensor:
+    """x [rows <= 256, in] times the transposed values [out, in]: int8, float8_e4m3fn, or x's dtype.
+
+    scale: float32 [out], or [out / 128, in / 128] rounded up, or None. `is_gated` as in `gated_linear`, in one split.
+    """
+    num_rows, in_features = x.shape
+    out_features = values.shape[0] // 2 if is_gated else values.shape[0]
+    out, target = _targets(x, out_features, config.splits)
+    _matrix_kernel[(triton.cdiv(out_features, config.outputs), config.splits)](
         x,
         values,
-        scale,
+        scale if scale is not None else values,
         target,
         num_rows,
         out_features,
         in_features,
         x.stride(0),
-        INPUTS=FLOAT8_BLOCK,
-        HAS_BLOCKS=scale.ndim == 2,
+        # of bytes a turn is a block of scales; wider elements would fill the shared memory with as many
+        INPUTS=FLOAT8_BLOCK if values.element_size() == 1 else FLOAT8_BLOCK // 2,
+        HAS_SCALE=scale is not None,
+        HAS_BLOCKS=scale is not None and scale.ndim == 2,
         OUTPUTS=config.outputs,
         SPLITS=config.splits,
         GATED=is_gated,

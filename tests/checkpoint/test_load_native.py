@@ -26,6 +26,7 @@ from powertrain.model.decoder import Decoder
 from powertrain.model.native_decoder import NativeDecoder
 from powertrain.model.packed import PackedLayout, PackedMatrix, unpack
 from powertrain.types import ModelFileError, PowertrainError
+from quantized_builders import Quantize, Tensors, awq_tensors, gptq_tensors, random_codes, write_pair
 
 IDS = torch.arange(24) * 11 % 300
 
@@ -125,6 +126,47 @@ def test_compressed_folders_keep_their_logits(copy_of: Callable[[str], Path], tm
     assert decoder.packed_embedding.name == "float32"
     judge = load_model(dequantized(tmp_path / "out", tmp_path / "dense"), "cpu", torch.float32)
     assert (on_the_reference(decoder).score(IDS) - judge.score(IDS)).abs().max() < 1e-4
+
+
+def gptq_layer(bits: int, *, is_scattered: bool) -> Quantize:
+    def quantize(layer: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        made = random_codes(*weight.shape, 32, bits, is_scattered=is_scattered)
+        return gptq_tensors(made), made.meaning()
+
+    return quantize
+
+
+def awq_layer(layer: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    made = random_codes(*weight.shape, 32, 4)
+    return awq_tensors(made), made.meaning()
+
+
+def float8_layer(layer: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    values = weight.to(torch.float8_e4m3fn)
+    scale = torch.full((1, 1), 1.3)
+    return {"weight": values, "weight_scale_inv": scale}, values.float() * scale
+
+
+GPTQ = {"quant_method": "gptq", "group_size": 32}
+OTHERS: dict[str, tuple[dict[str, Any], Quantize, str]] = {
+    "gptq 4 bits": (GPTQ | {"bits": 4}, gptq_layer(4, is_scattered=False), "int4 g32"),
+    "gptq 8 bits": (GPTQ | {"bits": 8}, gptq_layer(8, is_scattered=False), "int8 g32"),
+    "gptq act order": (GPTQ | {"bits": 4, "desc_act": True}, gptq_layer(4, is_scattered=True), "float32"),
+    "awq": ({"quant_method": "awq", "group_size": 32}, awq_layer, "int4 g32"),
+    "fp8": ({"quant_method": "fp8"}, float8_layer, "float32"),
+}
+
+
+@pytest.mark.parametrize(("manifest", "quantize", "name"), OTHERS.values(), ids=OTHERS)
+def test_checkpoints_quantized_by_others_keep_the_logits_of_the_weights_they_mean(
+    tiny_model_dir: Callable[[str], Path], tmp_path: Path, manifest: dict[str, Any], quantize: Quantize, name: str
+) -> None:
+    quantized, dense = write_pair(tiny_model_dir("llama"), tmp_path, manifest, quantize)
+    decoder = load_decoder(open_checkpoint(quantized), config())
+    expected = load_model(open_checkpoint(dense), "cpu", torch.float32).score(IDS)
+    assert (on_the_reference(decoder).score(IDS) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert set(decoder.formats()) == {"float32", name}
+    assert all(len(linear.formats) == 1 for linear in decoder.linears())
 
 
 def dequantized(folder: Path, out: Path) -> Checkpoint:

@@ -99,7 +99,7 @@ def int_weight(bits, groups, symmetric, out=48, inner=192):
 
 @pytest.mark.parametrize("rows", [1, 5, 64])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("bits", "groups"), [(8, 1), (4, 3), (4, 6), (4, 1), (4, 2)])
+@pytest.mark.parametrize(("bits", "groups"), [(8, 1), (8, 3), (4, 3), (4, 6), (4, 1), (4, 2)])
 def test_formats_multiply_as_their_dequantized_matrix(bits, groups, symmetric, rows):
     weight = int_weight(bits, groups, symmetric)
     fmt = pack_int_weight(weight, torch.device("cpu"))
@@ -120,12 +120,13 @@ def test_concatenated_formats_equal_their_parts():
 
 
 def test_a_format_that_would_only_dequantize_is_refused():
-    with pytest.raises(ModelFileError, match="8 bits, 3 groups a row"):
-        pack_int_weight(int_weight(8, 3, True), torch.device("cpu"))
+    with pytest.raises(ModelFileError, match="4 bits, 3 groups a row"):
+        pack_int_weight(int_weight(4, 3, True, inner=39), torch.device("cpu"))
 
 
 def test_nbytes_is_what_is_held():
     weight = int_weight(8, 1, True)
     assert Int8Channel.pack(weight, torch.device("cpu")).nbytes() == 48 * 192 + 48 * 4
+    assert pack_int_weight(int_weight(8, 3, False), torch.device("cpu")).nbytes() == 48 * 192 + 48 * 3 * 5
     assert Dense(torch.zeros(48, 192)).nbytes() == 48 * 192 * 4
     assert Int4Group.pack(int_weight(4, 3, True), torch.device("cpu")).step_bytes() == 48 * 96 + 48 * 3 * 4

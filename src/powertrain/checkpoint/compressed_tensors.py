@@ -1,8 +1,9 @@
-"""compressed-tensors' integer weights and their config: packed densely into int32 words, or one in a byte.
+"""compressed-tensors' config, and its integer weights: packed densely into int32 words, or one in a byte.
 
 A value in [-2^(b-1), 2^(b-1) - 1] is stored plus 2^(b-1); element i of a row lies at bit i * b, low end first, in
 consecutive words. Zero points are packed the same way, but down the output axis. That is `pack-quantized`; schemes that
 quantize activations too are stored as `int-quantized`: int8 `weight` and `weight_zero_point`, whatever the bits.
+8-bit floats (`float-quantized`) are read by `checkpoint/float8.py`.
 Format: https://github.com/neuralmagic/compressed-tensors
 """
 
@@ -15,11 +16,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from powertrain.checkpoint.source import Checkpoint
+from powertrain.checkpoint.float8 import BLOCK, Float8Scheme, Strategy
+from powertrain.checkpoint.quantization_config import quantization_of, refuse
+from powertrain.checkpoint.source import Checkpoint, load_checked
+from powertrain.kernels.quantized import FLOAT8_BLOCK
 from powertrain.model.weights import IntWeight
 from powertrain.types import ModelFileError, QuantScheme
 
 PACKED, PLAIN = "pack-quantized", "int-quantized"
+FLOAT8 = "float-quantized"
 MIXED = "mixed-precision"
 LINEAR = "Linear"
 
@@ -78,12 +83,8 @@ def load_int_weight(checkpoint: Checkpoint, prefix: str, scheme: QuantScheme) ->
     def fail(suffix: str, problem: str) -> NoReturn:
         raise ModelFileError(f"{checkpoint.path}: {prefix}.{suffix} {problem}")
 
-    def load(suffix: str, kind: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = checkpoint.load(f"{prefix}.{suffix}")
-        is_right_kind = tensor.is_floating_point() if kind == "float" else tensor.dtype == getattr(torch, kind)
-        if not is_right_kind or tuple(tensor.shape) != shape:
-            fail(suffix, f"is {tensor.dtype} {list(tensor.shape)}, expected {kind} {list(shape)}")
-        return tensor
+    def load(suffix: str, dtype: torch.dtype | None, shape: tuple[int, ...]) -> Tensor:
+        return load_checked(checkpoint, f"{prefix}.{suffix}", shape, dtype)
 
     if f"{prefix}.weight_g_idx" in present:
         fail("weight_g_idx", "reorders columns by activation, which cannot be run")
@@ -99,26 +100,27 @@ def load_int_weight(checkpoint: Checkpoint, prefix: str, scheme: QuantScheme) ->
         fail("weight_shape", f"has rows of {in_features}, which groups of {group_size} do not divide")
     groups = in_features // group_size
     if is_plain:
-        values = load("weight", "int8", (out_features, in_features))
+        values = load("weight", torch.int8, (out_features, in_features))
         if scheme.num_bits == 4 and not -8 <= int(values.min()) <= int(values.max()) < 8:
             fail("weight", "holds integers beyond 4 bits")
         return IntWeight(
             values=values,
-            scale=load("weight_scale", "float", (out_features, groups)),
-            zero_point=None if scheme.symmetric else load("weight_zero_point", "int8", (out_features, groups)),
+            scale=load("weight_scale", None, (out_features, groups)),
+            zero_point=None if scheme.symmetric else load("weight_zero_point", torch.int8, (out_features, groups)),
             num_bits=scheme.num_bits,
         )
-    packed = load("weight_packed", "int32", (out_features, _words(in_features, scheme.num_bits)))
-    scale = load("weight_scale", "float", (out_features, groups))
+    packed = load("weight_packed", torch.int32, (out_features, num_words(in_features, scheme.num_bits)))
+    scale = load("weight_scale", None, (out_features, groups))
     zero_point = None
     if not scheme.symmetric:
-        zeros = load("weight_zero_point", "int32", (_words(out_features, scheme.num_bits), groups))
+        zeros = load("weight_zero_point", torch.int32, (num_words(out_features, scheme.num_bits), groups))
         zero_point = unpack_int32(zeros.T, scheme.num_bits, (groups, out_features)).T.contiguous()
     values = unpack_int32(packed, scheme.num_bits, (out_features, in_features))
     return IntWeight(values, scale, zero_point, scheme.num_bits)
 
 
-def _words(count: int, num_bits: int) -> int:
+def num_words(count: int, num_bits: int) -> int:
+    """int32 words that `count` values take, the last one filled up."""
     return -(-count * num_bits // 32)
 
 
@@ -164,13 +166,13 @@ def _input_activations(scheme: QuantScheme) -> dict[str, Any] | None:
     }
 
 
-def scheme_of(config: Mapping[str, Any], layer_name: str) -> QuantScheme | None:
+def scheme_of(config: Mapping[str, Any], layer_name: str) -> QuantScheme | Float8Scheme | None:
     """How the Linear `layer_name` is quantized according to a model's `config.json`; None if it is not.
 
     A target is a name, a pattern (`re:` and a regular expression matched from the start) or the class `Linear`, in
     this order of precedence. Raises `ModelFileError` for a format, activation or cache scheme that cannot be run.
     """
-    quantization = config.get("quantization_config") or config.get("compression_config")
+    quantization = quantization_of(config)
     if quantization is None:
         return None
     groups = _checked_groups(quantization)
@@ -195,26 +197,26 @@ def _rank(target: str, layer_name: str) -> int | None:
         try:
             return 1 if re.match(target[3:], layer_name) else None
         except re.error as error:
-            _refuse(f"the pattern {target!r} is not a regular expression ({error})")
+            refuse(f"the pattern {target!r} is not a regular expression ({error})")
     return 2 if target == LINEAR else None
 
 
-def _checked_groups(quantization: Any) -> list[dict[str, Any]]:
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+def _checked_groups(quantization: Mapping[str, Any]) -> list[dict[str, Any]]:
+    method = quantization.get("quant_method")
     if method != "compressed-tensors":
-        _refuse(f"quant_method {method!r} cannot be run; compressed-tensors can")
+        refuse(f"quant_method {method!r} cannot be run; compressed-tensors can")
     if quantization.get("quantization_status", "compressed") != "compressed":
-        _refuse(f"quantization_status {quantization['quantization_status']!r} is not 'compressed'")
+        refuse(f"quantization_status {quantization['quantization_status']!r} is not 'compressed'")
     for key in ("kv_cache_scheme", "transform_config", "sparsity_config"):
         part = quantization.get(key)
         if part and not (key == "sparsity_config" and part.get("format") == "dense"):
-            _refuse(f"{key} cannot be run")
+            refuse(f"{key} cannot be run")
     groups = quantization.get("config_groups")
     if not isinstance(groups, dict) or not all(_is_group(group) for group in groups.values()):
-        _refuse("config_groups is not a mapping of groups with targets and weights")
+        refuse("config_groups is not a mapping of groups with targets and weights")
     ignore = quantization.get("ignore") or []
     if not isinstance(ignore, list) or not all(isinstance(target, str) for target in ignore):
-        _refuse("ignore is not a list of names")
+        refuse("ignore is not a list of names")
     return list(groups.values())
 
 
@@ -227,25 +229,29 @@ def _is_group(group: Any) -> bool:
     )
 
 
-def _scheme(group: Mapping[str, Any], default_format: Any) -> QuantScheme:
-    weights = group["weights"]
+def _scheme(group: Mapping[str, Any], default_format: Any) -> QuantScheme | Float8Scheme:
     found_format = group.get("format") or default_format
-    num_bits, strategy, group_size = weights.get("num_bits", 8), weights.get("strategy"), weights.get("group_size")
-    if found_format not in (PACKED, PLAIN):
-        _refuse(f"format {found_format!r} cannot be run; {PACKED} and {PLAIN} can")
+    if found_format not in (PACKED, PLAIN, FLOAT8):
+        refuse(f"format {found_format!r} cannot be run; {PACKED}, {PLAIN} and {FLOAT8} can")
     if group.get("output_activations") is not None:
-        _refuse("output_activations: quantized outputs cannot be run")
+        refuse("output_activations: quantized outputs cannot be run")
+    return _float8_scheme(group) if found_format == FLOAT8 else _int_scheme(group)
+
+
+def _int_scheme(group: Mapping[str, Any]) -> QuantScheme:
+    weights = group["weights"]
+    num_bits, strategy, group_size = weights.get("num_bits", 8), weights.get("strategy"), weights.get("group_size")
     if weights.get("type", "int") != "int" or num_bits not in (4, 8) or isinstance(num_bits, bool):
-        _refuse(f"{weights.get('type', 'int')} weights of {num_bits} bits cannot be run; int of 4 or 8 bits can")
+        refuse(f"{weights.get('type', 'int')} weights of {num_bits} bits cannot be run; int of 4 or 8 bits can")
     if weights.get("actorder") in (True, "group") or weights.get("dynamic") not in (None, False):
-        _refuse("activation order by group and dynamic weights cannot be run")
+        refuse("activation order by group and dynamic weights cannot be run")
     if strategy is None:
         strategy = "channel" if group_size in (None, -1) else "group"
     if strategy not in ("channel", "group"):
-        _refuse(f"strategy {strategy!r} cannot be run; channel and group can")
+        refuse(f"strategy {strategy!r} cannot be run; channel and group can")
     is_size = isinstance(group_size, int) and not isinstance(group_size, bool) and group_size > 0
     if strategy == "group" and not is_size:
-        _refuse(f"group_size {group_size!r} is not a size")
+        refuse(f"group_size {group_size!r} is not a size")
     return QuantScheme(
         num_bits=num_bits,
         group_size=group_size if strategy == "group" else None,
@@ -259,14 +265,40 @@ def _activation_fields(activations: Any) -> dict[str, int | None]:
     if activations is None:
         return {}
     if not isinstance(activations, dict):
-        _refuse("input_activations is no mapping")
+        refuse("input_activations is no mapping")
     strategy, group_size = activations.get("strategy"), activations.get("group_size")
     found = [activations.get(key, default) for key, default in (("num_bits", 8), ("type", "int"), ("symmetric", True))]
     is_group = strategy == "group" and type(group_size) is int and group_size > 0
     if found != [8, "int", True] or activations.get("dynamic") is not True or not (is_group or strategy == "token"):
-        _refuse("input_activations: only dynamic symmetric int of 8 bits, per token or per group, can be run")
+        refuse("input_activations: only dynamic symmetric int of 8 bits, per token or per group, can be run")
     return {"activation_bits": 8, "activation_group_size": group_size if is_group else None}
 
 
-def _refuse(problem: str) -> NoReturn:
-    raise ModelFileError(f"config.json: quantization_config: {problem}")
+def _float8_scheme(group: Mapping[str, Any]) -> Float8Scheme:
+    weights = group["weights"]
+    strategy: Strategy = weights.get("strategy") or "tensor"
+    found = [weights.get(key, default) for key, default in (("num_bits", 8), ("type", "int"), ("symmetric", True))]
+    if found != [8, "float", True] or weights.get("dynamic") not in (None, False):
+        refuse(f"format {FLOAT8!r} can be run with static symmetric float weights of 8 bits only")
+    if strategy not in ("tensor", "channel", "block"):
+        refuse(f"strategy {strategy!r} cannot be run for 8-bit floats; tensor, channel and block can")
+    if strategy == "block" and weights.get("block_structure") not in (BLOCK, f"{BLOCK[0]}x{BLOCK[1]}"):
+        refuse(f"block_structure {weights.get('block_structure')!r} cannot be run; {BLOCK} can")
+    return Float8Scheme(strategy, _rounds_to_float8(group.get("input_activations"), strategy))
+
+
+def _rounds_to_float8(activations: Any, strategy: Strategy) -> bool:
+    """Whether inputs are rounded, to scales found per token or, for a matrix of blocks, per block of a token."""
+    if activations is None:
+        return False
+    if not isinstance(activations, dict):
+        refuse("input_activations is no mapping")
+    if activations.get("dynamic") is not True:
+        refuse("input_activations: static input scales cannot be run; dynamic ones, found at run time, can")
+    found = [activations.get(key, default) for key, default in (("num_bits", 8), ("type", "int"), ("symmetric", True))]
+    is_block = activations.get("strategy") == "group" and activations.get("group_size") == FLOAT8_BLOCK
+    is_fitting = is_block if strategy == "block" else activations.get("strategy") == "token"
+    if found != [8, "float", True] or not is_fitting:
+        wanted = f"per group of {FLOAT8_BLOCK}" if strategy == "block" else "per token"
+        refuse(f"input_activations: beside {strategy} scales only symmetric float of 8 bits, {wanted}, can be run")
+    return True

@@ -12,9 +12,10 @@ from typing import Literal
 
 import torch
 
-from powertrain.checkpoint.compressed_tensors import load_int_weight, scheme_of
 from powertrain.checkpoint.gguf import GGUFCheckpoint
 from powertrain.checkpoint.packed_cache import Stream, packed_streams
+from powertrain.checkpoint.quantization_config import HEAD
+from powertrain.checkpoint.quantized import load_quantized, running_formats
 from powertrain.checkpoint.source import Checkpoint
 from powertrain.config import NATIVE_BLOCK_SIZE, EngineConfig
 from powertrain.kernels import native
@@ -25,17 +26,10 @@ from powertrain.model.float8 import Float8, Float8Weight
 from powertrain.model.layers import Attention, Block, GatedMLP, Linear, RMSNorm, Rope
 from powertrain.model.packed import FLOATS, GGUF_FLOATS, GGUF_GRIDS, PackedMatrix, Part, can_stack, gguf_part, int_part
 from powertrain.model.packed import pack as pack_stream
-from powertrain.model.quantized_input import QuantizedInput
-from powertrain.model.weights import (
-    Dense,
-    IntWeight,
-    WeightFormat,
-    concat_int_weights,
-    pack_int_weight,
-)
-from powertrain.types import ModelFileError, PowertrainError, QuantScheme
+from powertrain.model.weights import Dense, IntWeight, WeightFormat, pack_int_weight
+from powertrain.types import ModelFileError, PowertrainError
 
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+EMBEDDING = "model.embed_tokens"
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 OUTPUT = ("self_attn.o_proj",)
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -90,17 +84,19 @@ def load_model(
     shapes = _linear_shapes(config)
     dense = _dense_reader(checkpoint, device, dtype)
 
+    def plain(layers: list[str]) -> Dense:
+        weights = [dense(f"{layer}.weight", shapes[layer]) for layer in layers]
+        return Dense.pack(weights[0] if len(weights) == 1 else torch.cat(weights), device, dtype)
+
     def matrices(layers: list[str]) -> list[WeightFormat]:
-        schemes = [scheme_of(checkpoint.config, layer) for layer in layers]
-        scheme = schemes[0]
-        if any(other != scheme for other in schemes):
-            return [fmt for layer in layers for fmt in matrices([layer])]
-        if scheme is None:
-            weights = [dense(f"{layer}.weight", shapes[layer]) for layer in layers]
-            return [Dense.pack(weights[0] if len(weights) == 1 else torch.cat(weights), device, dtype)]
-        ints = [_int_weight(checkpoint, layer, scheme, shapes[layer]) for layer in layers]
-        packed = pack_int_weight(concat_int_weights(ints), device)
-        return [packed if scheme.activation_bits is None else QuantizedInput(packed, scheme.activation_group_size)]
+        loaded = [load_quantized(checkpoint, layer, shapes[layer]) for layer in layers]
+        quantized = [matrix for matrix in loaded if matrix is not None]
+        if not quantized:
+            return [plain(layers)]
+        if len(quantized) == len(layers):
+            return running_formats(quantized, device)
+        apart = zip(layers, loaded, strict=True)
+        return [plain([layer]) if matrix is None else running_formats([matrix], device)[0] for layer, matrix in apart]
 
     def vector(name: str, size: int) -> torch.Tensor:
         return dense(name, (size,))
@@ -129,7 +125,7 @@ def _dense_reader(
 
 
 def _check_head(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    has_own_head = bool({f"{HEAD}.weight", f"{HEAD}.weight_packed"} & set(checkpoint.names()))
+    has_own_head = bool({f"{HEAD}.weight", f"{HEAD}.weight_packed", f"{HEAD}.qweight"} & set(checkpoint.names()))
     if not has_own_head and not config.ties_embeddings:
         raise ModelFileError(f"{checkpoint.path}: tensor {HEAD}.weight is missing and the embeddings are not tied")
 
@@ -143,15 +139,6 @@ def _linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
     table = (config.vocab_size, config.hidden_size)
     return shapes | {EMBEDDING: table, HEAD: table}
-
-
-def _int_weight(checkpoint: Checkpoint, layer: str, scheme: QuantScheme, shape: tuple[int, int]) -> IntWeight:
-    weight = load_int_weight(checkpoint, layer, scheme)
-    if tuple(weight.values.shape) != shape:
-        raise ModelFileError(
-            f"{checkpoint.path}: {layer} has shape {list(weight.values.shape)}, expected {list(shape)}"
-        )
-    return weight
 
 
 def _assemble(
@@ -396,9 +383,13 @@ def _stream_name(layers: list[str], number: int) -> str:
 
 def _part(checkpoint: Checkpoint, layer: str, shape: tuple[int, int]) -> Part:
     """One matrix as it is stored; what the kernels do not run as stored becomes float32."""
-    scheme = None if layer == EMBEDDING else scheme_of(checkpoint.config, layer)
-    if scheme is not None:
-        return int_part(_int_weight(checkpoint, layer, scheme, shape), scheme.activation_bits is not None)
+    quantized = None if layer == EMBEDDING else load_quantized(checkpoint, layer, shape)
+    if quantized is not None:
+        weight = quantized.weight
+        if isinstance(weight, IntWeight) and weight.input_order is None:
+            return int_part(weight, quantized.rounds_input)
+        # no kernel reorders its input, and an 8-bit float times its scale fits no float narrower than this
+        return weight.dequantize()
     name = f"{layer}.weight"
     if name not in checkpoint.names():
         raise ModelFileError(f"{checkpoint.path}: tensor {name} is missing")

@@ -69,6 +69,24 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     raise ModelFileError(f"{path}: no such model file or folder; `powertrain pull smollm2` fetches the default model")
 
 
+def load_checked(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """One tensor of this shape, which is checked before it is loaded, and dtype; None is any float of 16 bits or more.
+
+    Raises `ModelFileError` naming the tensor that is missing or differs.
+    """
+    expected = f"{'float' if dtype is None else str(dtype).removeprefix('torch.')} {list(shape)}"
+    found = tuple(checkpoint.shape(name))
+    if found != shape:
+        raise ModelFileError(f"{checkpoint.path}: {name} has shape {list(found)}, expected {expected}")
+    tensor = checkpoint.load(name)
+    is_wide_float = tensor.is_floating_point() and tensor.element_size() >= 2
+    if not (is_wide_float if dtype is None else tensor.dtype == dtype):
+        raise ModelFileError(f"{checkpoint.path}: {name} is {tensor.dtype} {list(found)}, expected {expected}")
+    return tensor
+
+
 def iterate(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a checkpoint in name order, one in memory at a time."""
     for name in checkpoint.names():

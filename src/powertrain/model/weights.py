@@ -211,29 +211,59 @@ class Int4Group:
         return self.step_bytes() + self._packed.numel() * self._packed.element_size()
 
 
-def pack_int_weight(weight: IntWeight, device: torch.device) -> WeightFormat:
-    """The running format for quantized integers: 8 bits per channel and grouped 4 bits stay quantized.
+class Int8Group:
+    """8-bit integers with a scale (and a zero) per group of inputs: W8A16. Dequantized for each product."""
 
-    Other grids (8-bit groups, 4 bits over odd rows) raise `ModelFileError`: dequantizing them at load would be slower
-    and larger than what the user thinks is running.
+    name = "int8 group"
+
+    def __init__(self, weight: IntWeight) -> None:
+        """weight: on its device already."""
+        self._weight = weight
+        self.out_features = weight.values.shape[0]
+
+    @classmethod
+    def pack(cls, weight: IntWeight, device: torch.device) -> Int8Group:
+        zero_point = None if weight.zero_point is None else weight.zero_point.to(device)
+        return cls(IntWeight(weight.values.to(device), weight.scale.float().to(device), zero_point, 8))
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self._weight.dequantize(x.dtype).t()
+
+    def unpack(self) -> torch.Tensor:
+        return self._weight.dequantize()
+
+    def step_bytes(self) -> int:
+        return self.nbytes()
+
+    def nbytes(self) -> int:
+        zero_point = self._weight.zero_point
+        return self._weight.values.nbytes + self._weight.scale.nbytes + (0 if zero_point is None else zero_point.nbytes)
+
+
+def pack_int_weight(weight: IntWeight, device: torch.device) -> WeightFormat:
+    """The running format for quantized integers, which stay quantized. Its columns stand as in `weight.values`.
+
+    Other grids (4 bits over odd rows) raise `ModelFileError`: dequantizing them at load would be slower and larger than
+    what the user thinks is running.
     """
-    if weight.num_bits == 8 and weight.scale.shape[1] == 1:
-        return Int8Channel.pack(weight, device)
+    if weight.num_bits == 8:
+        return Int8Channel.pack(weight, device) if weight.scale.shape[1] == 1 else Int8Group.pack(weight, device)
     if weight.num_bits == 4 and weight.values.shape[1] % 2 == 0:
         blocked = Int4Blocked.pack(weight, device) if device.type == "cuda" else None
         return blocked or Int4Group.pack(weight, device)
     kind = f"{weight.num_bits} bits, {weight.scale.shape[1]} groups a row" + (
         "" if weight.zero_point is None else ", asymmetric"
     )
-    raise ModelFileError(f"no running format for {kind}; use 8 bits per channel, or 4-bit groups")
+    raise ModelFileError(f"no running format for {kind}; use 8 bits, or 4 bits over even rows")
 
 
 def concat_int_weights(weights: Sequence[IntWeight]) -> IntWeight:
-    """Stack matrices with the same inputs and grid along their outputs (q, k, v as one product)."""
+    """Stack matrices with the same inputs, input order and grid along their outputs (q, k, v as one product)."""
     has_zero = weights[0].zero_point is not None
     return IntWeight(
         torch.cat([w.values for w in weights]),
         torch.cat([w.scale for w in weights]),
         torch.cat([w.zero_point for w in weights if w.zero_point is not None]) if has_zero else None,
         weights[0].num_bits,
+        weights[0].input_order,
     )

@@ -47,6 +47,8 @@ def test_device_dtype_and_kernels(options: dict[str, Any], has_cuda: bool, settl
         ({"kernels": "native", "block_size": 24}, False, "block_size must be a multiple of 16"),
         ({"kv_cache_dtype": "fp8"}, False, "int8 is as small and runs here"),
         ({"kernels": "native", "kv_cache_dtype": "fp8"}, False, "or with --kernels reference"),
+        ({"kernels": "reference", "deterministic": True}, False, "--deterministic needs the native kernels"),
+        ({"dtype": "float32", "deterministic": True}, False, "--deterministic needs the native kernels"),
         ({"kernels": "fast"}, False, "kernels must be one of auto, native, triton, reference"),
         ({"kv_cache_dtype": "int4"}, False, "kv_cache_dtype must be one of auto, float32, float16, int8, fp8"),
         ({"threads": 0}, False, "threads must be at least 1"),

@@ -129,7 +129,7 @@ def resolve(config: EngineConfig, *, has_cuda: bool, model_dtype: str) -> Engine
         )
     if config.deterministic and kernels == "reference":
         raise PowertrainError(
-            "--deterministic runs on the native kernels or Triton's: torch's own sum in an order that depends on the batch"
+            "--deterministic needs the native kernels or Triton's: the order of torch's own sums depends on the batch"
         )
     dtype = config.dtype
     if dtype == "auto":

@@ -15,6 +15,7 @@ from powertrain.kernels import native
 from powertrain.kernels.fused import add_rms_norm, silu_mul
 from powertrain.kernels.model_cases import MODEL_CASES, MODEL_SHAPES, ModelShape, Workload
 from powertrain.kernels.op import Provider
+from powertrain.kernels.quantized import Int4Blocks
 from powertrain.measure import bench_kernels as measure
 from powertrain.measure import roofline
 from powertrain.measure.native_cases import NATIVE_OP
@@ -93,6 +94,7 @@ def test_cases_count_the_bytes_of_their_arguments_and_results(op: str, dtype: to
         if op == "int4_linear":
             args = args[:1] + args[2:]
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        tensors += [part for arg in args if isinstance(arg, Int4Blocks) for part in arg if part is not None]
         if op == "rotate_and_write":
             written = 3 * 4 * 16 * dtype.itemsize  # keys and values
             tensors = [args[0], *args[1], args[0][:, :4]]

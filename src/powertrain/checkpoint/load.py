@@ -18,15 +18,18 @@ from powertrain.checkpoint.quantization_config import HEAD
 from powertrain.checkpoint.quantized import load_quantized, running_formats
 from powertrain.checkpoint.source import Checkpoint
 from powertrain.config import NATIVE_BLOCK_SIZE, EngineConfig
-from powertrain.kernels import native
+from powertrain.kernels import gpu_provider, native
 from powertrain.kernels.quantized import quantize_to_float8
 from powertrain.model.decoder import Decoder
 from powertrain.model.families import ModelConfig, model_config
 from powertrain.model.float8 import Float8, Float8Weight
+from powertrain.model.gpu_weights import Int4Blocked
 from powertrain.model.layers import Attention, Block, GatedMLP, Linear, RMSNorm, Rope
 from powertrain.model.packed import FLOATS, GGUF_FLOATS, GGUF_GRIDS, PackedMatrix, Part, can_stack, gguf_part, int_part
 from powertrain.model.packed import pack as pack_stream
-from powertrain.model.weights import Dense, IntWeight, WeightFormat, pack_int_weight
+from powertrain.model.quantized_input import QuantizedInput
+from powertrain.model.reordered_input import ReorderedInput
+from powertrain.model.weights import Dense, Int8Channel, IntWeight, WeightFormat, pack_int_weight
 from powertrain.types import ModelFileError, PowertrainError
 
 EMBEDDING = "model.embed_tokens"
@@ -297,7 +300,24 @@ def random_decoder(
 def _on_gpu_kernels(decoder: Decoder, config: EngineConfig) -> Decoder:
     if config.kernels == "triton":
         decoder.kernels = "triton"
+    if config.deterministic:
+        obstacle = gpu_provider.unsupported() if decoder.kernels == "triton" else native.unavailable()
+        if decoder.kernels != "triton" or obstacle is not None:
+            raise PowertrainError(
+                f"--deterministic needs the native kernels or Triton's: {obstacle or 'see --kernels'}"
+            )
+        formats = [fmt for linear in decoder.linears() for fmt in linear.formats]
+        batched = sorted({fmt.name for fmt in formats if not _is_invariant(fmt)})
+        if batched:
+            raise PowertrainError(f"--deterministic: no batch-invariant product for weights in {', '.join(batched)}")
+        decoder.is_deterministic = True
     return decoder
+
+
+def _is_invariant(weight: WeightFormat) -> bool:
+    """Whether a GPU has a batch-invariant product for a format, wrapped or not."""
+    inner = weight.weight if isinstance(weight, QuantizedInput | ReorderedInput) else weight
+    return isinstance(inner, Dense | Int8Channel | Int4Blocked | Float8)
 
 
 # ---- the native kernels' decoder ----

@@ -19,13 +19,21 @@ from powertrain.kernels.cases import AttentionCase, Case
 from powertrain.kernels.fused import add_rms_norm, rms_norm, silu_mul
 from powertrain.kernels.matmul import dense_linear, gated_linear, int4_linear, int8_linear
 from powertrain.kernels.op import Op
-from powertrain.kernels.quantized import FLOAT8_BLOCK, float8_linear
+from powertrain.kernels.quantized import (
+    FLOAT8_BLOCK,
+    Int4Blocks,
+    float8_linear,
+    int4_blocks_linear,
+    int8_rounded_linear,
+)
 
 TOLERANCE = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 2e-6}
 """Of an op whose arguments are of that type, against its reference in float32."""
 
 # a kernel of stored integers may take its activations in bfloat16, whatever the dtype
 _QUANTIZED = 5e-3
+# a kernel may leave out the rounding of activations to 8 bits that its reference has
+_ROUNDED = 5e-2
 _BLOCK_SIZE = 16
 
 
@@ -194,7 +202,7 @@ class _Matrix:
     num_bytes: Callable[[int, int, int], int]
     label: Callable[[int], str] = lambda inner: ""
     products: tuple[str, ...] = ("qkv", "o", "gate_up", "down")
-    is_quantized: bool = True
+    tolerance: float = _QUANTIZED
     has_float_peak: bool = True
 
 
@@ -208,7 +216,7 @@ def _products(op: Op[Any, torch.Tensor], matrices: tuple[_Matrix, ...], work: Wo
 
     made = []
     for matrix in matrices:
-        tolerance = max(TOLERANCE[work.dtype], _QUANTIZED if matrix.is_quantized else 0.0)
+        tolerance = max(TOLERANCE[work.dtype], matrix.tolerance)
         for product in matrix.products:
             out, inner = shapes[product]
             results = out // 2 if op is gated_linear else out
@@ -252,12 +260,21 @@ def _int4(generator: torch.Generator, dtype: torch.dtype, out: int, inner: int) 
     return packed, unsigned[:, 0::2] | (unsigned[:, 1::2] << 4), scale.to(torch.bfloat16), group
 
 
+def _int4_blocks(generator: torch.Generator, dtype: torch.dtype, out: int, inner: int) -> tuple[Any, ...]:
+    device, group = generator.device, _int4_group(inner)
+    half = next(size for size in (64, 32, 16) if group % (2 * size) == 0)
+    shape = (inner // (2 * half), out, half)
+    values = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator, device=device)
+    scale = torch.rand(inner // group, out, generator=generator, device=device) * 0.01 + 0.001
+    return Int4Blocks(values, scale.to(torch.float16), None), False
+
+
 def _float8(
     in_blocks: bool, rounds_input: bool, generator: torch.Generator, dtype: torch.dtype, out: int, inner: int
 ) -> tuple[Any, ...]:
     values = _normal(generator, torch.float32, out, inner).to(torch.float8_e4m3fn)
     shape = (-(-out // FLOAT8_BLOCK), -(-inner // FLOAT8_BLOCK)) if in_blocks else (out,)
-    return values, torch.rand(shape, generator=generator, device=generator.device) * 0.01 + 0.001, rounds_input
+    return values, torch.rand(shape, generator=generator, device=generator.device) * 0.01 + 0.001, rounds_input, False
 
 
 def _float8_bytes(in_blocks: bool, out: int, inner: int, itemsize: int) -> int:
@@ -269,22 +286,41 @@ def _dense_bytes(out: int, inner: int, itemsize: int) -> int:
     return out * inner * itemsize
 
 
-_DENSE = _Matrix(_dense, _dense_bytes, products=("qkv", "o", "gate_up", "down", "head"), is_quantized=False)
-_GATED = _Matrix(_dense, _dense_bytes, products=("gate_up",), is_quantized=False)
+_DENSE = _Matrix(_dense, _dense_bytes, products=("qkv", "o", "gate_up", "down", "head"), tolerance=0.0)
+_GATED = _Matrix(_dense, _dense_bytes, products=("gate_up",), tolerance=0.0)
 _INT8 = _Matrix(_int8, lambda out, inner, itemsize: out * inner + 4 * out)
 _INT4 = _Matrix(
     _int4,
     lambda out, inner, itemsize: out * inner // 2 + 4 * out * (inner // _int4_group(inner)),
     label=lambda inner: f" g{_int4_group(inner)}",
 )
+_INT8_ROUNDED = _Matrix(
+    _int8,
+    lambda out, inner, itemsize: out * inner + 4 * out,
+    lambda inner: " a8",
+    has_float_peak=False,
+    tolerance=_ROUNDED,
+)
+_INT4_BLOCKS = _Matrix(
+    _int4_blocks,
+    lambda out, inner, itemsize: out * inner // 2 + 2 * out * (inner // _int4_group(inner)),
+    label=lambda inner: f" g{_int4_group(inner)}",
+)
 _FLOAT8 = (
     _Matrix(partial(_float8, False, False), partial(_float8_bytes, False)),
-    _Matrix(partial(_float8, False, True), partial(_float8_bytes, False), lambda inner: " a8", has_float_peak=False),
+    _Matrix(
+        partial(_float8, False, True),
+        partial(_float8_bytes, False),
+        lambda inner: " a8",
+        has_float_peak=False,
+        tolerance=_ROUNDED,
+    ),
     _Matrix(
         partial(_float8, True, True),
         partial(_float8_bytes, True),
         lambda inner: f" b{FLOAT8_BLOCK} a8",
         has_float_peak=False,
+        tolerance=_ROUNDED,
     ),
 )
 
@@ -299,5 +335,7 @@ MODEL_CASES: dict[str, Callable[[Workload], list[Case]]] = {
     "int8_linear": partial(_products, int8_linear, (_INT8,)),
     "int4_linear": partial(_products, int4_linear, (_INT4,)),
     "float8_linear": partial(_products, float8_linear, _FLOAT8),
+    "int8_rounded_linear": partial(_products, int8_rounded_linear, (_INT8_ROUNDED,)),
+    "int4_blocks_linear": partial(_products, int4_blocks_linear, (_INT4_BLOCKS,)),
 }
 """By op, in the order they are shown; a new op is one entry."""

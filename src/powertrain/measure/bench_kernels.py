@@ -33,6 +33,7 @@ from powertrain.kernels.attention import AttentionStep, attention_backends
 from powertrain.kernels.cases import Case
 from powertrain.kernels.model_cases import MODEL_CASES, MODEL_SHAPES, Workload
 from powertrain.kernels.op import Op, choosing
+from powertrain.kernels.quantized import Int4Blocks
 from powertrain.measure import record, roofline
 from powertrain.measure.native_cases import NATIVE_OP, native_cases
 from powertrain.model.packed import PackedMatrix
@@ -189,7 +190,8 @@ def _copy(value: Any, *, widens: bool = False) -> Any:
         is_half = value.dtype in (torch.bfloat16, torch.float16)
         return value.float() if widens and is_half else value.clone()
     if isinstance(value, tuple):
-        return tuple(_copy(part, widens=widens) for part in value)
+        parts = tuple(_copy(part, widens=widens) for part in value)
+        return Int4Blocks(*parts) if isinstance(value, Int4Blocks) else parts
     if isinstance(value, AttentionStep):
         return replace(value)  # without what a call has left in it, which may be of another dtype
     return value.copy() if isinstance(value, PackedMatrix) else value

@@ -24,20 +24,20 @@ class QuantizedInput:
 
     def __init__(self, weight: WeightFormat, group_size: int | None) -> None:
         """group_size: inputs that share a scale; None for one scale per row."""
-        self._weight, self._group_size = weight, group_size
+        self.weight, self._group_size = weight, group_size
         self.name, self.out_features = f"{weight.name} a8", weight.out_features
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         rounded = None
-        if self._group_size is None and isinstance(self._weight, Int8Channel):
-            rounded = self._weight.rounded_matmul(x)
-        return self._weight.matmul(round_to_int8(x, self._group_size)) if rounded is None else rounded
+        if self._group_size is None and isinstance(self.weight, Int8Channel):
+            rounded = self.weight.rounded_matmul(x)
+        return self.weight.matmul(round_to_int8(x, self._group_size)) if rounded is None else rounded
 
     def unpack(self) -> torch.Tensor:
-        return self._weight.unpack()
+        return self.weight.unpack()
 
     def step_bytes(self) -> int:
-        return self._weight.step_bytes()
+        return self.weight.step_bytes()
 
     def nbytes(self) -> int:
-        return self._weight.nbytes()
+        return self.weight.nbytes()

@@ -12,17 +12,17 @@ class ReorderedInput:
 
     def __init__(self, weight: WeightFormat, order: torch.Tensor) -> None:
         """order: int64 [in], on the weight's device."""
-        self._weight, self._order = weight, order
+        self.weight, self._order = weight, order
         self.name, self.out_features = f"{weight.name} act-order", weight.out_features
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
-        return self._weight.matmul(x.index_select(1, self._order))
+        return self.weight.matmul(x.index_select(1, self._order))
 
     def unpack(self) -> torch.Tensor:
-        return self._weight.unpack()[:, self._order.argsort()]
+        return self.weight.unpack()[:, self._order.argsort()]
 
     def step_bytes(self) -> int:
-        return self._weight.step_bytes() + self._order.nbytes
+        return self.weight.step_bytes() + self._order.nbytes
 
     def nbytes(self) -> int:
-        return self._weight.nbytes() + self._order.nbytes
+        return self.weight.nbytes() + self._order.nbytes

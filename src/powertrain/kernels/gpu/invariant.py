@@ -1,7 +1,7 @@
 """Products and attention on a GPU whose every row has the same bits whatever rows stand beside it.
 
-The tiles, the pieces of the inputs and their order depend on the matrix alone; rows are taken some at a time. The tokens
-of a prompt attend as decodes do, each over its own context in pieces of one length, so that neither chunks nor
+The tiles, the pieces of the inputs and their order depend on the matrix alone; rows are taken some at a time. A token
+of a prompt attends as a decode does, over its own context in pieces of one length, so that neither chunks nor
 preemption show. After He et al. 2025, *Defeating Nondeterminism in LLM Inference*.
 """
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from powertrain.checkpoint.load import load_decoder, random_decoder
 from powertrain.checkpoint.source import open_checkpoint
@@ -101,11 +100,3 @@ def test_drafts_change_no_bit(tiny_model_dir: Callable[[str], Path]) -> None:
     wanted = requests(6)
     expected = run(ready(model, num_blocks=200), wanted)
     assert run(ready(model, num_blocks=200, num_speculative_tokens=3), wanted) == expected
-
-
-def test_what_sums_in_batches_is_refused(tiny_model_dir: Callable[[str], Path]) -> None:
-    from powertrain.types import PowertrainError
-
-    with pytest.raises(PowertrainError, match="--deterministic"):
-        resolve(settings(kernels="reference"), has_cuda=True, model_dtype="bfloat16")
-    assert torch.cuda.is_available()

@@ -16,6 +16,7 @@ from powertrain.engine.runner import Runner, StepResult
 from powertrain.engine.sampler import Row, needs_only_logits, uniform
 from powertrain.engine.scheduler import Chunk, Plan, Sequence
 from powertrain.model.decoder import Decoder, KVCache
+from powertrain.types import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,16 @@ class GpuRunner(Runner):
             self._state.last_tokens.index_copy_(0, self._tensor(slots), self._tensor(last))
         return result
 
+    def _draw_from_top(self, hidden: torch.Tensor, rows: ListLike[Row], tokens: list[int | None]) -> list[int]:
+        """Draw rows that need nothing but their logits as a launched step does, so that their batch does not show."""
+        plain = [at for at, row in enumerate(rows) if needs_only_logits(row)]
+        if plain:
+            logits = self.model.raw_logits(self._take(hidden, plain, len(rows))).contiguous()
+            drawn = draw_rows(logits, [rows[at] for at in plain])
+            for at, token in zip(plain, drawn, strict=True):
+                tokens[at] = token
+        return [at for at, row in enumerate(rows) if not needs_only_logits(row)]
+
     def _launch_eager(self, chunks: ListLike[Chunk], sampling: ListLike[Chunk]) -> torch.Tensor:
         self._store_blocks(chunks)
         token_ids, step = self._inputs(chunks)
@@ -155,14 +166,32 @@ class GpuRunner(Runner):
             if new >= 0:
                 self._tables[sequence.slot, first] = new
             rows.append((sequence.slot, stop, new, sampling.top_k))
-            if sampling.is_greedy:
-                settings.append((0.0, 0.0, 1.0, 0.0))
-            else:
-                number = uniform(sequence.seed, sequence.index, stop)
-                settings.append((max(sampling.temperature, 1e-5), number, sampling.top_p, sampling.min_p))
+            settings.append(_draw_settings(sampling, sequence.seed, sequence.index, stop))
         integers[:, : len(chunks)] = list(zip(*rows, strict=True))
         floats[:, : len(chunks)] = list(zip(*settings, strict=True))
         return inputs
+
+
+def draw_rows(logits: torch.Tensor, rows: ListLike[Row]) -> list[int | None]:
+    """A token for each row of contiguous logits [rows, vocab]; None where a row holds a NaN or infinity."""
+    from powertrain.kernels.gpu.sampling import Draws, draw_tokens
+
+    floats, integers = [], []
+    for row in rows:
+        floats.append(_draw_settings(row.sampling, row.seed, row.index, len(row.context)))
+        integers.append(row.sampling.top_k)
+    temperature, number, top_p, min_p = torch.tensor(floats, device=logits.device).t().contiguous().unbind()
+    top_k = torch.tensor(integers, dtype=torch.int32, device=logits.device)
+    tokens = draw_tokens(logits, Draws(temperature, number, top_p, min_p, top_k)).tolist()
+    return [token if token >= 0 else None for token in tokens]
+
+
+def _draw_settings(sampling: SamplingParams, seed: int, index: int, position: int) -> tuple[float, float, float, float]:
+    """Temperature, the uniform number, top_p and min_p of the draw at `position`."""
+    if sampling.is_greedy:
+        return 0.0, 0.0, 1.0, 0.0
+    number = uniform(seed, index, position)
+    return max(sampling.temperature, 1e-5), number, sampling.top_p, sampling.min_p
 
 
 def _is_full(chunk: Chunk) -> bool:

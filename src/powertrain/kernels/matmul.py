@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from powertrain.kernels.fused import silu_mul
+from powertrain.kernels.gpu.tuned_table import measured
 from powertrain.kernels.gpu_provider import invariant_provider, refuse_gaps, triton_provider
 from powertrain.kernels.op import Op, Provider
 
@@ -103,8 +104,12 @@ def _gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _refuse_many_rows(x: torch.Tensor, weight: torch.Tensor) -> str | None:
-    if x.shape[0] > MAX_SKINNY_ROWS:
-        return f"{x.shape[0]} rows: the library's product is faster above {MAX_SKINNY_ROWS}"
+    num_rows, in_features = x.shape
+    if num_rows > MAX_SKINNY_ROWS and (
+        x.dtype != torch.bfloat16
+        or measured("tile bfloat16", x.device, weight.shape[0], in_features, num_rows, False) is None
+    ):
+        return f"{num_rows} rows: above {MAX_SKINNY_ROWS} the library's product is faster, or nothing was measured"
     return refuse_gaps(x, weight)
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import logging
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from powertrain.kernels.fused import silu_mul
 from powertrain.kernels.gpu.launch import launch_options, prefetch, wait_turn
-
-logger = logging.getLogger(__name__)
+from powertrain.kernels.gpu.quantized import matrix_product, tile_config
+from powertrain.kernels.gpu.splits import sum_splits
+from powertrain.kernels.gpu.tuned_table import measured
+from powertrain.kernels.matmul import MAX_SKINNY_ROWS
 
 LINES_AHEAD = 8  # cache lines of each output's weights that are asked for before the kernel's turn
 
@@ -29,7 +28,7 @@ class SkinnyConfig(NamedTuple):
     num_stages: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _skinny_kernel(
     x,
     weight,
@@ -90,24 +89,19 @@ def _skinny_kernel(
     tl.store(to, acc.to(out.dtype.element_ty), (rows < num_rows)[:, None] & (columns < out_features)[None, :])
 
 
-@triton.jit
-def _sum_splits_kernel(partial, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    wait_turn(PDL)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    total = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(partial + split * size + at, inside, other=0.0)
-    tl.store(out + at, total.to(out.dtype.element_ty), inside)
-
-
 def dense_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`kernels.matmul.dense_linear` for at most `MAX_SKINNY_ROWS` rows."""
+    """`kernels.matmul.dense_linear` for at most `MAX_SKINNY_ROWS` rows, or more where settings were measured."""
+    if x.shape[0] > MAX_SKINNY_ROWS:
+        config = tile_config(x, weight.shape[0])
+        assert config is not None
+        return matrix_product(x, weight, None, config)
     return skinny_linear(x, weight, config_for(x, weight.shape[0], gated=False))
 
 
 def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`kernels.matmul.gated_linear` for at most `MAX_SKINNY_ROWS` rows."""
+    """`kernels.matmul.gated_linear` for at most `MAX_SKINNY_ROWS` rows, or more where settings were measured."""
+    if x.shape[0] > MAX_SKINNY_ROWS:
+        return silu_mul(dense_linear(x, weight))
     return skinny_linear(x, weight, config_for(x, weight.shape[0] // 2, gated=True), gated=True)
 
 
@@ -115,36 +109,15 @@ def config_for(x: torch.Tensor, out_features: int, *, gated: bool) -> SkinnyConf
     """The measured settings of the next larger number of rows, else a guess: enough programs, each with long runs."""
     num_rows, in_features = x.shape
     if x.dtype == torch.bfloat16:
-        table = tuned("dense_linear bfloat16", x.device)
-        for rows in (16, 32, 64):
-            found = table.get((out_features, in_features, rows, gated))
-            if num_rows <= rows and found is not None:
-                return found
+        found = measured("dense_linear bfloat16", x.device, out_features, in_features, num_rows, gated)
+        if found is not None:
+            return SkinnyConfig(*(found[field] for field in SkinnyConfig._fields))
     inputs, stages = (64, 3) if x.element_size() == 4 else (128, 5)
     outputs = 16 if out_features < 512 else 32 if gated else 64
     splits = 1
     while not gated and splits < 4 and splits * out_features < 96 * outputs and in_features % (4 * inputs) == 0:
         splits *= 2
     return SkinnyConfig(outputs, inputs, splits, 4, stages)
-
-
-@cache
-def tuned(op: str, device: torch.device) -> dict[tuple[int, int, int, bool], SkinnyConfig]:
-    """What was measured on this kind of device, by outputs, inputs, most rows and whether it is gated."""
-    if device.type != "cuda":
-        return {}
-    name = torch.cuda.get_device_name(device).replace(" ", "_")
-    file = Path(__file__).parent / "tuned" / f"{name}.json"
-    if not file.exists():
-        logger.info("no tuned settings for %s: the kernels run with guessed ones", name)
-        return {}
-    entries = json.loads(file.read_text()).get(op, [])
-    return {
-        (entry["out"], entry["in"], entry["rows"], entry["gated"]): SkinnyConfig(
-            *(entry[field] for field in SkinnyConfig._fields)
-        )
-        for entry in entries
-    }
 
 
 def skinny_linear(x: torch.Tensor, weight: torch.Tensor, config: SkinnyConfig, *, gated: bool = False) -> torch.Tensor:
@@ -181,12 +154,3 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, config: SkinnyConfig, *
         **options,
     )
     return sum_splits(target, out) if splits > 1 else out
-
-
-def sum_splits(partial: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """The sum of float32 partial [splits, rows, out] over its splits, in their order, into `out`."""
-    size = out.numel()
-    _sum_splits_kernel[(triton.cdiv(size, 1024),)](
-        partial, out, size, SPLITS=partial.shape[0], BLOCK=1024, **launch_options(out)
-    )
-    return out

@@ -22,7 +22,8 @@ from powertrain.kernels.gpu.conversions import (
     widen_bytes,
 )
 from powertrain.kernels.gpu.launch import launch_options, prefetch, wait_turn
-from powertrain.kernels.gpu.matmul import sum_splits
+from powertrain.kernels.gpu.splits import sum_splits
+from powertrain.kernels.gpu.tuned_table import measured
 from powertrain.kernels.quantized import FLOAT8_BLOCK, Int4Blocks
 
 MAX_ROWS = 256
@@ -113,7 +114,7 @@ def _int4_part(
     return part * _by_output(tl.load(scale).to(tl.float32), SWAPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _int4_kernel(
     x,
     values,
@@ -196,7 +197,7 @@ def _matrix_part(
         return _add_product(weight, x, acc, SWAPS, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _matrix_kernel(
     x,
     values,
@@ -262,7 +263,7 @@ def int4_linear(x: torch.Tensor, weight: Int4Blocks, is_gated: bool) -> torch.Te
         return torch.nn.functional.linear(x, int4_floats(weight, x.dtype))
     num_blocks, all_outputs, _ = weight.values.shape
     out_features = all_outputs // 2 if is_gated else all_outputs
-    return int4_product(x, weight, config_for(num_rows, out_features, num_blocks, is_gated), is_gated)
+    return int4_product(x, weight, config_for("int4", x, out_features, num_blocks, is_gated), is_gated)
 
 
 def float8_linear(
@@ -299,7 +300,8 @@ def byte_linear(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, is_g
     if num_rows > MAX_ROWS:
         return torch.nn.functional.linear(x, byte_floats(values, scale, x.dtype))
     out_features = values.shape[0] // 2 if is_gated else values.shape[0]
-    config = config_for(num_rows, out_features, -(-in_features // FLOAT8_BLOCK), is_gated)
+    product = "int8" if values.dtype == torch.int8 else "fp8 blocks" if scale.ndim == 2 else "fp8"
+    config = config_for(product, x, out_features, -(-in_features // FLOAT8_BLOCK), is_gated)
     return matrix_product(x, values, scale, config, is_gated)
 
 
@@ -365,8 +367,13 @@ def matrix_product(
     return sum_splits(target, out) if config.splits > 1 else out
 
 
-def config_for(num_rows: int, out_features: int, turns: int, is_gated: bool) -> QuantizedConfig:
-    """A guess: enough programs for every processor, each with a run of several turns."""
+def config_for(product: str, x: torch.Tensor, out_features: int, turns: int, is_gated: bool) -> QuantizedConfig:
+    """The measured settings of `product` ("int4", say), else a guess: programs for every processor, runs of turns."""
+    num_rows, in_features = x.shape
+    if x.dtype == torch.bfloat16:
+        found = measured(f"{product} bfloat16", x.device, out_features, in_features, num_rows, is_gated)
+        if found is not None:
+            return QuantizedConfig(*(found[field] for field in QuantizedConfig._fields))
     if num_rows > 128:
         outputs, warps, stages = 128, 8, 3
     elif num_rows > 32:
@@ -377,6 +384,14 @@ def config_for(num_rows: int, out_features: int, turns: int, is_gated: bool) -> 
     while not is_gated and splits < 8 and splits * out_features < 264 * outputs and turns >= 16 * splits:
         splits *= 2
     return QuantizedConfig(outputs, splits, num_rows > 32, warps, stages)
+
+
+def tile_config(x: torch.Tensor, out_features: int) -> QuantizedConfig | None:
+    """The measured settings of `matrix_product` for a dense matrix; None where the library was found faster."""
+    found = measured("tile bfloat16", x.device, out_features, x.shape[1], x.shape[0], False)
+    if found is None or x.dtype != torch.bfloat16:
+        return None
+    return QuantizedConfig(*(found[field] for field in QuantizedConfig._fields))
 
 
 def _targets(x: torch.Tensor, out_features: int, splits: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,228 @@
+"""Measure the launch settings of the GPU's products and write the table that the kernels read.
+
+Every candidate is compiled first, by many processes at once: what compiling leaves behind is found again by the one
+that measures. A time is that of a call within a CUDA graph which cycles over more weights than the cache holds, the
+median of its replays; the library's product is measured beside dense ones, and a dense tile is kept only where it is
+faster. Entries of other shapes and products stay in the file.
+
+    python benchmarks/tune_gpu.py --shape llama-3.1-8b --products int4,fp8
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from powertrain.kernels.gpu import matmul, quantized, tuned_table
+from powertrain.kernels.gpu.matmul import SkinnyConfig
+from powertrain.kernels.gpu.quantized import QuantizedConfig
+from powertrain.kernels.model_cases import MODEL_SHAPES
+from powertrain.kernels.quantized import Int4Blocks
+
+CACHE_BYTES = 128 * 2**20
+PRODUCTS = ("dense_linear", "tile", "int4", "fp8", "fp8 blocks", "int8")
+Config = SkinnyConfig | QuantizedConfig
+Call = Callable[[int], torch.Tensor]
+
+
+class Problem(NamedTuple):
+    """A product whose settings are wanted; `out_features` are those of its result."""
+
+    product: str
+    out_features: int
+    in_features: int
+    rows: int
+    is_gated: bool
+
+    @property
+    def matrix_rows(self) -> int:
+        return self.out_features * (2 if self.is_gated else 1)
+
+    def weight_bytes(self) -> float:
+        element = {"dense_linear": 2.0, "tile": 2.0, "int4": 0.5}.get(self.product, 1.0)
+        return self.matrix_rows * self.in_features * element
+
+
+def problems(shape: str, products: list[str], rows: list[int]) -> list[Problem]:
+    """The products of a model: the head stays dense, gate and up are one for few rows, tiles are for many."""
+    own = MODEL_SHAPES[shape]
+    heads = own.num_heads * own.head_dim
+    plain = [
+        (heads + 2 * own.num_kv_heads * own.head_dim, own.hidden_size),
+        (own.hidden_size, heads),
+        (own.hidden_size, own.intermediate_size),
+    ]
+    made = []
+    for product, count in itertools.product(products, rows):
+        is_dense = product in ("dense_linear", "tile")
+        if (product == "tile") != (count > quantized.MAX_GATED_ROWS) and is_dense:
+            continue
+        gates = count <= quantized.MAX_GATED_ROWS
+        made += [Problem(product, out, inner, count, False) for out, inner in plain]
+        made.append(Problem(product, own.intermediate_size * (1 if gates else 2), own.hidden_size, count, gates))
+        if is_dense:
+            made.append(Problem(product, own.vocab_size, own.hidden_size, count, False))
+    return list(dict.fromkeys(made))
+
+
+def candidates(problem: Problem) -> Iterator[Config]:
+    """Settings worth a try, of those that a program's registers and shared memory hold."""
+    if problem.product == "dense_linear":
+        for outputs, inputs, splits, stages in itertools.product((16, 32, 64), (128, 256), (1, 2, 4), (3, 4, 5)):
+            if not (problem.is_gated and splits > 1):
+                yield SkinnyConfig(outputs, inputs, splits, 4, stages)
+        return
+    if problem.rows <= 32:
+        layouts = [(32, False, 1), (32, False, 2), (64, False, 2), (64, False, 4), (128, False, 4), (64, True, 4)]
+        stages = (3, 5, 8)
+    elif problem.rows <= 64:
+        layouts, stages = [(64, False, 4), (64, True, 4), (128, True, 4), (128, True, 8)], (3, 4, 5)
+    else:
+        layouts, stages = [(64, True, 4), (128, True, 8), (128, True, 4)], (2, 3, 4)
+    for (outputs, swaps, warps), count, splits in itertools.product(layouts, stages, (1, 2, 4, 8)):
+        if not (problem.is_gated and splits > 1):
+            yield QuantizedConfig(outputs, splits, swaps, warps, count)
+
+
+def caller(problem: Problem, config: Config | None, device: torch.device, copies: int) -> Call:
+    """Multiplies by one of `copies` matrices; with the library where there is no config."""
+    generator = torch.Generator(device).manual_seed(0)
+    out, inner = problem.matrix_rows, problem.in_features
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    x = torch.randn(problem.rows, inner, device=device, generator=generator).to(dtype)
+    if problem.product in ("dense_linear", "tile"):
+        weights = [torch.randn(out, inner, device=device, generator=generator).to(dtype) for _ in range(copies)]
+        if config is None:
+            return lambda at: torch.nn.functional.linear(x, weights[at])
+        if isinstance(config, SkinnyConfig):
+            return lambda at: matmul.skinny_linear(x, weights[at], config, gated=problem.is_gated)
+        return lambda at: quantized.matrix_product(x, weights[at], None, config)
+    assert isinstance(config, QuantizedConfig)
+    if problem.product == "int4":
+        shape = (inner // 128, out, 64)
+        packed = [torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for _ in range(copies)]
+        scale = torch.rand(inner // 128, out, device=device).to(dtype)
+        return lambda at: quantized.int4_product(x, Int4Blocks(packed[at], scale, None), config, problem.is_gated)
+    kind = torch.int8 if problem.product == "int8" else torch.float8_e4m3fn
+    values = [(torch.randn(out, inner, device=device) * 20).to(kind) for _ in range(copies)]
+    has_blocks = problem.product == "fp8 blocks"
+    scales = torch.rand((-(-out // 128), inner // 128) if has_blocks else (out,), device=device)
+    return lambda at: quantized.matrix_product(x, values[at], scales, config, problem.is_gated)
+
+
+def compile_one(task: tuple[Problem, Config, str]) -> None:
+    """Compile a candidate by a run of it over small matrices; one that does not fit is left to fail when measured."""
+    problem, config, device = task
+    small = problem._replace(out_features=256, in_features=2048)
+    try:
+        caller(small, config, torch.device(device), 1)(0)
+    except Exception as error:
+        print(f"not compiled: {problem.product} {problem.rows} rows {config}: {type(error).__name__}", flush=True)
+
+
+def compile_all(wanted: list[Problem], device: str, processes: int) -> None:
+    """Settings are compiled once for all shapes: the sizes are no part of the code."""
+    tasks = {
+        (problem.product, problem.rows, problem.is_gated, config): (problem, config, device)
+        for problem in wanted
+        for config in candidates(problem)
+    }
+    if processes < 2:
+        return
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for _ in pool.imap_unordered(compile_one, tasks.values(), chunksize=2):
+            pass
+
+
+def seconds(call: Call, copies: int, device: torch.device) -> float:
+    """Of one call."""
+    for at in range(copies):
+        call(at)
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call(0)
+        return time.perf_counter() - start
+    graph = torch.cuda.CUDAGraph()
+    repeats = max(1, 16 // copies)
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            for at in range(copies):
+                call(at)
+    times = []
+    for _ in range(6):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1000 / (repeats * copies))
+    return statistics.median(times[1:])
+
+
+def best(problem: Problem, device: torch.device) -> tuple[dict[str, Any] | None, str]:
+    """The fastest settings as an entry of the table, None where the library is faster; and a line to print."""
+    copies = 1 if device.type != "cuda" else int(max(2, min(64, CACHE_BYTES // problem.weight_bytes() + 1)))
+    found: list[tuple[float, Config | None]] = []
+    tried: list[Config | None] = [*candidates(problem)]
+    if problem.product == "tile":
+        tried.append(None)
+    for config in tried:
+        try:
+            found.append((seconds(caller(problem, config, device, copies), copies, device), config))
+        except Exception as error:
+            if "out of resource" not in str(error) and not isinstance(error, RuntimeError):
+                print(f"failed: {problem} {config}: {error}", flush=True)
+    time_s, config = min(found, key=lambda one: one[0])
+    rate = problem.weight_bytes() / time_s / 1e12
+    library = next((one for one, config in found if config is None), None)
+    beside = "" if library is None else f", library {1e6 * library:.1f} us"
+    line = f"{' '.join(map(str, problem)):<48} {1e6 * time_s:8.1f} us  {rate:5.2f} TB/s  {config}{beside}"
+    if config is None:
+        return None, line
+    key = {"out": problem.out_features, "in": problem.in_features, "rows": problem.rows, "gated": problem.is_gated}
+    return {**key, **config._asdict(), "us": round(1e6 * time_s, 2)}, line
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    arguments.add_argument("--shape", default="llama-3.1-8b", choices=sorted(MODEL_SHAPES))
+    arguments.add_argument("--products", default=",".join(PRODUCTS), help=f"of {', '.join(PRODUCTS)}")
+    arguments.add_argument("--rows", default=",".join(map(str, tuned_table.ROWS)))
+    arguments.add_argument("--device", default="cuda")
+    arguments.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that compile")
+    arguments.add_argument("--seconds", type=float, default=480.0, help="stop starting new problems after this long")
+    arguments.add_argument("--out", type=Path, help="default: the package's own table of this device")
+    given = arguments.parse_args()
+    start, device = time.perf_counter(), torch.device(given.device)
+    own = tuned_table.FOLDER / (tuned_table.file_name(device) if device.type == "cuda" else "cpu.json")
+    out = given.out or own
+    table = tuned_table.read(own) if own.exists() else {}
+    wanted = problems(given.shape, given.products.split(","), [int(part) for part in given.rows.split(",")])
+    compile_all(wanted, given.device, given.processes)
+    print(f"compiled after {time.perf_counter() - start:.0f} s", flush=True)
+    for problem in wanted:
+        if time.perf_counter() - start > given.seconds:
+            print("out of time", flush=True)
+            break
+        entry, line = best(problem, device)
+        print(line, flush=True)
+        name = f"{problem.product} bfloat16"
+        key = (problem.out_features, problem.in_features, problem.rows, problem.is_gated)
+        table.setdefault(name, {}).pop(key, None)
+        if entry is not None:
+            table[name][key] = entry
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tuned_table.write(out, table)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,21 +2,46 @@
 
 Providers say `supported()` (this machine) and `accepts(*args)` (these arguments: None, or the reason why not). The
 first in the op's order that takes the arguments runs; the reference always can. `explain` tells which and why.
-Inside `reference_only` no provider runs.
+Inside `reference_only` no provider runs; inside `recorded_choices` every call is noted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
+
+import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+
+@dataclass(slots=True)
+class Choice:
+    """The calls of one op that one provider ran.
+
+    shapes: the tensors of the first call, like `8x576 float32`; refusals: why not each provider before it, each reason
+    once, over all calls.
+    """
+
+    op: str
+    provider: str
+    shapes: list[str]
+    refusals: list[str] = field(default_factory=list)
+    num_calls: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.provider}" + (f" (not {'; '.join(self.refusals)})" if self.refusals else "")
+
+
+Choices: TypeAlias = dict[tuple[str, str], Choice]
+"""By op and provider, in the order of their first calls."""
+
 _is_reference_only: ContextVar[bool] = ContextVar("is_reference_only", default=False)
+_recorder: ContextVar[Choices | None] = ContextVar("recorder", default=None)
 
 
 @contextmanager
@@ -27,6 +52,20 @@ def reference_only(is_on: bool = True) -> Iterator[None]:
         yield
     finally:
         _is_reference_only.reset(token)
+
+
+@contextmanager
+def recorded_choices() -> Iterator[Choices]:
+    """Note who runs each op called inside, by this thread; of nested ones the innermost notes.
+
+    What replays, as a captured graph does, calls no op.
+    """
+    choices: Choices = {}
+    token = _recorder.set(choices)
+    try:
+        yield choices
+    finally:
+        _recorder.reset(token)
 
 
 @dataclass(frozen=True)
@@ -49,6 +88,8 @@ class Op(Generic[P, R]):
         self.unsupported = {p.name: p.supported() for p in providers if p.supported() is not None}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if (choices := _recorder.get()) is not None:
+            self._record(choices, *args, **kwargs)
         if not _is_reference_only.get():
             for provider in self.providers:
                 if provider.accepts(*args, **kwargs) is None:
@@ -59,7 +100,7 @@ class Op(Generic[P, R]):
     def choose(self, *args: Any, **kwargs: Any) -> tuple[str, list[str]]:
         """The name of who would run these arguments, and why each one before it would not."""
         if _is_reference_only.get():
-            return "reference", []
+            return "reference", [f"{provider.name}: the reference was asked for" for provider in self.providers]
         refusals = [f"{name}: {reason}" for name, reason in self.unsupported.items()]
         for provider in self.providers:
             reason = provider.accepts(*args, **kwargs)
@@ -70,7 +111,23 @@ class Op(Generic[P, R]):
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """`choose` in one line."""
-        if _is_reference_only.get():
-            return f"{self.name}: reference (asked for)"
         name, refusals = self.choose(*args, **kwargs)
-        return f"{self.name}: {name}" + (f" (not {'; '.join(refusals)})" if refusals else "")
+        return str(Choice(self.name, name, [], refusals))
+
+    def _record(self, choices: Choices, *args: Any, **kwargs: Any) -> None:
+        name, refusals = self.choose(*args, **kwargs)
+        choice = choices.get((self.name, name))
+        if choice is None:
+            choice = Choice(self.name, name, list(_shapes((*args, *kwargs.values()))))
+            choices[self.name, name] = choice
+        choice.num_calls += 1
+        choice.refusals += [reason for reason in refusals if reason not in choice.refusals]
+
+
+def _shapes(values: Iterable[Any]) -> Iterator[str]:
+    """The tensors among `values`, those in tuples included."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield f"{'x'.join(map(str, value.shape))} {str(value.dtype).removeprefix('torch.')}"
+        elif isinstance(value, tuple):
+            yield from _shapes(value)

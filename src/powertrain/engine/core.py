@@ -14,12 +14,13 @@ import torch
 from powertrain.config import EngineConfig, resolve
 from powertrain.engine.blocks import BlockPool
 from powertrain.engine.gpu_runner import GpuRunner, Launched, is_plain
-from powertrain.engine.memory import num_cache_blocks
+from powertrain.engine.memory import GRAPHS, POOL, STEP, num_cache_blocks
 from powertrain.engine.runner import Runner, StepResult
 from powertrain.engine.scheduler import Plan, Scheduler, Sequence
 from powertrain.engine.speculate import NgramProposer
 from powertrain.kernels import gpu_provider, native
-from powertrain.model.decoder import Decoder, KVCache
+from powertrain.model.decoder import Decoder
+from powertrain.model.gpu_memory import must_fit, out_of_memory
 from powertrain.types import (
     EngineInfo,
     EngineStats,
@@ -66,7 +67,8 @@ class Engine:
             NgramProposer(spec) if spec else None,
             spec.num_speculative_tokens if spec else 0,
         )
-        self.runner = _runner(model, model.new_cache(num_blocks, block_size), config, max_model_len)
+        with must_fit(*POOL):
+            self.runner = _runner(model, num_blocks, config, max_model_len)
         self._in_flight: tuple[Plan, Launched] | None = None
         self.info = EngineInfo(
             model=name,
@@ -111,7 +113,8 @@ class Engine:
         while self.has_work():
             self.step()
         if isinstance(self.runner, GpuRunner):
-            self.runner.capture()
+            with must_fit(*GRAPHS):
+                self.runner.capture()
         self.pool.forget()
         self._stats = EngineStats(num_blocks=self.info.num_blocks)
         self.scheduler.prefix_queries = self.scheduler.prefix_hits = 0
@@ -198,6 +201,9 @@ class Engine:
             result = self.runner.execute(plan)
         except torch.AcceleratorError:
             raise  # the device's context is lost: no later step can succeed, and whoever runs the engine must know
+        except torch.OutOfMemoryError as error:
+            logger.exception("a step of %d sequences, %d tokens did not fit", len(plan.chunks), plan.num_tokens)
+            return self._fail([chunk.sequence for chunk in plan.chunks], out_of_memory(error, *STEP))
         except Exception as error:  # one bad step must not take the other requests' engine with it
             logger.exception("a step of %d sequences failed", len(plan.chunks))
             return self._fail([chunk.sequence for chunk in plan.chunks], f"{type(error).__name__}: {error}")
@@ -282,7 +288,8 @@ class Engine:
         self._prompt_logprobs.clear()
 
 
-def _runner(model: Decoder, cache: KVCache, config: EngineConfig, max_model_len: int) -> Runner:
+def _runner(model: Decoder, num_blocks: int, config: EngineConfig, max_model_len: int) -> Runner:
+    cache = model.new_cache(num_blocks, config.cache.block_size)
     if model.kernels != "triton" or gpu_provider.unsupported() is not None:
         return Runner(model, cache, config.scheduler.max_num_seqs, max_model_len)
     return GpuRunner(model, cache, config.scheduler.max_num_seqs, max_model_len)

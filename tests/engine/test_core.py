@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 
 import pytest
@@ -330,6 +331,15 @@ def test_graphs_that_do_not_fit_name_the_setting(models, monkeypatch):
     engine = engine_of(models("llama"))
     with pytest.raises(PowertrainError, match=r"out of GPU memory for the graphs .*--gpu-memory-utilization"):
         engine.warm_up()
+
+
+def test_the_start_logs_who_runs_each_op_once(models, caplog):
+    caplog.set_level(logging.DEBUG, "powertrain.engine.core")
+    engine_of(models("llama")).warm_up()
+    lines = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith("add_rms_norm: reference (not triton: ") for line in lines)
+    assert len(lines) == len({line.split(":")[0] for line in lines}) >= 6
+    assert {record.levelno for record in caplog.records} == {logging.DEBUG}
 
 
 def test_other_errors_are_not_taken_for_memory():

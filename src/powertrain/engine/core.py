@@ -19,6 +19,7 @@ from powertrain.engine.runner import Runner, StepResult
 from powertrain.engine.scheduler import Plan, Scheduler, Sequence
 from powertrain.engine.speculate import NgramProposer
 from powertrain.kernels import gpu_provider, native
+from powertrain.kernels.op import recorded_choices
 from powertrain.model.decoder import Decoder
 from powertrain.model.gpu_memory import must_fit, out_of_memory
 from powertrain.types import (
@@ -106,12 +107,20 @@ class Engine:
         return engine
 
     def warm_up(self) -> None:
-        """One prompt and one decode step through the real path, so that the first request meets no first-time cost."""
+        """One prompt and one decode step through the real path, so that the first request meets no first-time cost.
+
+        What ran each op of them is logged, and why not the providers before it.
+        """
         sampling = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
         length = min(8, self.info.max_model_len - 1)
         self.add(Request(request_id="warm-up", prompt_token_ids=(0,) * max(1, length), sampling=sampling))
-        while self.has_work():
-            self.step()
+        with recorded_choices() as choices:
+            while self.has_work():
+                self.step()
+        # a CPU's reference says in one line, `EngineInfo.kernels`, why it runs
+        level = logging.DEBUG if self.model.device.type == "cpu" else logging.INFO
+        for choice in choices.values():
+            logger.log(level, "%s", choice)
         if isinstance(self.runner, GpuRunner):
             with must_fit(*GRAPHS):
                 self.runner.capture()

@@ -49,7 +49,7 @@ def test_version(run: Run) -> None:
     assert run("--version") == (0, f"powertrain {__version__}\n", "")
 
 
-@pytest.mark.parametrize("verb", [cli.generate, cli.chat, cli.serve, cli.bench_engine])
+@pytest.mark.parametrize("verb", [cli.generate, cli.chat, cli.serve, cli.bench_engine, cli.explain])
 def test_every_engine_option_is_a_flag(verb: Callable[..., None]) -> None:
     options = {field.name for field in dataclasses.fields(EngineConfig)} - {"cache", "scheduler", "speculation"}
     default = EngineConfig()
@@ -66,7 +66,16 @@ def test_sampling_flags_are_sampling_parameters(verb: Callable[..., None]) -> No
 
 @pytest.mark.parametrize(
     "verb",
-    [cli.compress, cli.evaluate, cli.bench_kernels, cli.bench_engine, cli.bench_serve, cli.roofline, cli.optimize],
+    [
+        cli.compress,
+        cli.evaluate,
+        cli.bench_kernels,
+        cli.bench_engine,
+        cli.bench_serve,
+        cli.explain,
+        cli.roofline,
+        cli.optimize,
+    ],
 )
 def test_measuring_verbs_take_json(verb: Callable[..., None]) -> None:
     assert "json" in flags_of(verb)

@@ -139,7 +139,7 @@ def run_blocked(code: str, blocked: list[str]) -> None:
 def test_a_bare_machine_can_run_the_engine_side() -> None:
     layers = ("kernels", "model", "checkpoint", "compress", "engine")
     modules = [module_name(path) for path in sources() if layer_of(path) in layers]
-    modules += ["powertrain.measure.bench", "powertrain.measure.bench_kernels"]
+    modules += [f"powertrain.measure.{name}" for name in ("bench", "bench_kernels", "explain")]
     code = "import importlib\n" + "".join(f"importlib.import_module({name!r})\n" for name in modules)
     run_blocked(code, NOT_ON_A_BARE_MACHINE)
 

@@ -15,7 +15,7 @@ from powertrain import cli
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 VERBS = ["pull", "generate", "chat", "serve", "route", "compress", "evaluate", "bench kernels", "bench engine"]
-VERBS += ["bench serve", "roofline", "optimize"]
+VERBS += ["bench serve", "explain", "roofline", "optimize"]
 
 
 def blocks(language: str) -> list[str]:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,8 @@ from powertrain.cli_options import (
     DType,
     JsonFile,
     Model,
+    RandomFormat,
+    RandomWeights,
     comma_numbers,
     engine_options,
     sampling_options,
@@ -181,6 +183,26 @@ def serve(
 
 
 @app.command()
+@engine_options
+def explain(
+    model: Model,
+    random_weights: RandomWeights = False,
+    format: RandomFormat = "none",
+    json: JsonFile = None,
+    *,
+    engine: dict[str, Any],
+) -> None:
+    """Tell who runs each op of a prompt and of decode steps on this machine, and why not a faster provider."""
+    from powertrain.config import EngineConfig
+    from powertrain.measure import explain as measure
+
+    config = EngineConfig.from_options(**engine)
+    made = measure.explain(model, config, random_weights=random_weights, format=format)
+    print(measure.text(made))
+    write_json(json, made)
+
+
+@app.command()
 def route(
     replica: Annotated[list[str], typer.Option(help="URL of a server (repeatable).")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -325,12 +347,8 @@ def bench_kernels(
 @engine_options
 def bench_engine(
     model: Model,
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="Draw the weights; MODEL needs only a config.json.")
-    ] = False,
-    format: Annotated[
-        Literal["none", "int8", "int4", "fp8"], typer.Option(help="Weight format, with --random-weights.")
-    ] = "none",
+    random_weights: RandomWeights = False,
+    format: RandomFormat = "none",
     batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,32",
     prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 1024,
     output: Annotated[int, typer.Option(min=1, help="Output tokens.")] = 128,

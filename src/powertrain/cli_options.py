@@ -18,6 +18,13 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A name (smollm2), a Hugging Face id, or a local folder or .gguf file.")
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the full record here.")]
+RandomWeights = Annotated[
+    bool, typer.Option("--random-weights", help="Draw the weights; MODEL needs only a config.json.")
+]
+RandomFormat = Annotated[
+    Literal["none", "int8", "int4", "fp8"],
+    typer.Option("--format", help="Weight format, with --random-weights."),
+]
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import random
 
 import pytest
 import torch
 
-from powertrain.checkpoint.load import load_model
+from powertrain.checkpoint.load import load_model, random_decoder
 from powertrain.checkpoint.source import open_checkpoint
 from powertrain.config import EngineConfig
+from powertrain.engine import memory as engine_memory
 from powertrain.engine.core import Engine
+from powertrain.engine.runner import Runner
+from powertrain.model.gpu_memory import must_fit
 from powertrain.types import FinishReason, InvalidRequest, PowertrainError, Request, SamplingParams
 
 FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
@@ -256,6 +260,93 @@ def test_a_failing_step_ends_its_requests_and_not_the_engine(models, monkeypatch
     assert not engine.has_work()
     assert engine.stats().num_blocks_in_use == 0
     assert run(engine, [request("b", [5, 6], max_tokens=3)])["b", 0][1] is FinishReason.LENGTH
+
+
+TOO_LARGE = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.19 GiB of which 1.06 GiB is "
+    "free. Of the allocated memory 70.00 GiB is allocated by PyTorch."
+)
+
+
+def run_out(*args, **kwargs):
+    raise torch.OutOfMemoryError(TOO_LARGE)
+
+
+def test_a_step_that_does_not_fit_names_the_setting(models, monkeypatch):
+    engine = engine_of(models("llama"))
+    engine.add(request("a", [5, 6, 7], max_tokens=4))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "execute", run_out)
+        (output,) = engine.step()
+    assert output.finish_reason is FinishReason.ERROR
+    assert "out of GPU memory for this step (2.50 GiB asked for, 1.06 GiB of 79.19 GiB free)" in output.error
+    assert "--max-num-batched-tokens" in output.error
+    assert run(engine, [request("b", [5, 6], max_tokens=3)])["b", 0][1] is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    ("place", "function", "says"),
+    [
+        ("powertrain.checkpoint.load", "load_model", "the weights .*a smaller model or format"),
+        ("powertrain.model.decoder", "KVCache", "the KV pool .*--gpu-memory-utilization.*--kv-cache-dtype fp8"),
+    ],
+)
+def test_a_start_that_does_not_fit_names_the_setting(tiny_model_dir, monkeypatch, place, function, says):
+    config = EngineConfig.from_options(device="cpu", kernels="reference", max_num_seqs=2)
+    monkeypatch.setattr(f"{place}.{function}", run_out)
+    with pytest.raises(PowertrainError, match=rf"out of GPU memory for {says}") as raised:
+        Engine.from_checkpoint(tiny_model_dir("llama"), config)
+    assert "2.50 GiB asked for, 1.06 GiB of 79.19 GiB free" in str(raised.value)
+
+
+def test_a_largest_step_that_does_not_fit_names_the_setting(models, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr("powertrain.engine.memory.AttentionStep", run_out)
+    with pytest.raises(PowertrainError, match=r"out of GPU memory for the largest step .*--max-num-batched-tokens"):
+        engine_memory._cuda_budget(models("llama"), EngineConfig(), 64)
+
+
+def test_random_weights_that_do_not_fit_name_the_setting(tiny_model_dir, monkeypatch):
+    monkeypatch.setattr("powertrain.checkpoint.load.random_model", run_out)
+    with pytest.raises(PowertrainError, match="out of GPU memory for the weights"):
+        random_decoder(tiny_model_dir("llama"), EngineConfig(device="cpu", kernels="reference", dtype="float32"))
+
+
+def test_graphs_that_do_not_fit_name_the_setting(models, monkeypatch):
+    """A capture that is cut short ends with an error of its own."""
+
+    class Capturing(Runner):
+        @staticmethod
+        def can_launch(plan):
+            return False
+
+        def capture(self):
+            try:
+                run_out()
+            finally:
+                raise torch.AcceleratorError("operation failed due to a previous error during capture")
+
+    for name in ("Runner", "GpuRunner"):
+        monkeypatch.setattr(f"powertrain.engine.core.{name}", Capturing)
+    engine = engine_of(models("llama"))
+    with pytest.raises(PowertrainError, match=r"out of GPU memory for the graphs .*--gpu-memory-utilization"):
+        engine.warm_up()
+
+
+def test_the_start_logs_who_runs_each_op_once(models, caplog):
+    caplog.set_level(logging.DEBUG, "powertrain.engine.core")
+    engine_of(models("llama")).warm_up()
+    lines = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith("add_rms_norm: reference (not triton: ") for line in lines)
+    assert len(lines) == len({line.split(":")[0] for line in lines}) >= 6
+    assert {record.levelno for record in caplog.records} == {logging.DEBUG}
+
+
+def test_other_errors_are_not_taken_for_memory():
+    with pytest.raises(RuntimeError, match="shapes"), must_fit("x", "y"):
+        raise RuntimeError("shapes")
+    with pytest.raises(PowertrainError, match=r"^out of GPU memory for x: y$"), must_fit("x", "y"):
+        raise torch.OutOfMemoryError("another allocator's words")
 
 
 def test_a_lost_device_is_not_taken_for_a_bad_request(models, monkeypatch):

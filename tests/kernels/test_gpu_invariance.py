@@ -104,13 +104,9 @@ def test_long_contexts_are_taken_a_few_rows_at_a_time(monkeypatch):
 
 
 def test_the_choice_is_among_providers_that_are_invariant():
-    names = {
-        choice: [p.name for p in dense_linear.providers if choice in p.choices] for choice in ("fast", "invariant")
-    }
-    assert names == {"fast": ["triton"], "invariant": ["triton"]}
+    assert [provider.modes for provider in dense_linear.providers] == [("fast",), ("invariant",)]
+    x, weight = torch.ones(1, 4), torch.ones(4, 4)
     with choosing("invariant"):
-        assert dense_linear.explain(torch.ones(1, 4), torch.ones(4, 4)).startswith(
-            "dense_linear: reference (not triton"
-        )
+        assert dense_linear.explain(x, weight).startswith("dense_linear: reference (not triton")
     with choosing("reference"):
-        assert dense_linear.explain(torch.ones(1, 4), torch.ones(4, 4)) == "dense_linear: reference (asked for)"
+        assert "the reference was asked for" in dense_linear.explain(x, weight)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from powertrain.kernels.attention import AttentionStep, paged_attention, write_kv
+from powertrain.kernels.attention import AttentionStep, paged_attention, rotate_and_write, write_kv
 from powertrain.kernels.cases import cases
-from powertrain.kernels.op import Op, Provider
+from powertrain.kernels.op import Op, Provider, choosing, recorded_choices
 from powertrain.model.weights import Dense, Int4Group, Int8Channel, IntWeight, concat_int_weights, pack_int_weight
 from powertrain.types import ModelFileError
 
@@ -130,3 +131,55 @@ def test_nbytes_is_what_is_held():
     assert pack_int_weight(int_weight(8, 3, False), torch.device("cpu")).nbytes() == 48 * 192 + 48 * 3 * 5
     assert Dense(torch.zeros(48, 192)).nbytes() == 48 * 192 * 4
     assert Int4Group.pack(int_weight(4, 3, True), torch.device("cpu")).step_bytes() == 48 * 96 + 48 * 3 * 4
+
+
+def small_op():
+    small = Provider("small", lambda x: x + 1, lambda x: None if len(x) < 3 else f"{len(x)} rows are too many")
+    return Op("bump", lambda x: x + 1, (small,))
+
+
+def test_a_recorder_notes_each_provider_once_with_its_first_shapes_and_every_reason():
+    bump = small_op()
+    with recorded_choices() as choices:
+        for rows in (2, 1, 3, 4, 4):
+            bump(torch.zeros(rows, 5))
+    assert list(choices) == [("bump", "small"), ("bump", "reference")]
+    small, reference = choices.values()
+    assert (small.shapes, small.refusals, small.num_calls) == (["2x5 float32"], [], 2)
+    assert (reference.shapes, reference.num_calls) == (["3x5 float32"], 3)
+    assert reference.refusals == ["small: 3 rows are too many", "small: 4 rows are too many"]
+    assert str(small) == "bump: small"
+    assert str(reference).startswith("bump: reference (not small: 3 rows")
+
+
+def test_a_recorder_sees_tensors_in_tuples_and_what_a_reference_calls():
+    step = AttentionStep.of_one(0, 2, 4, torch.device("cpu"))
+    rope = (torch.ones(2, 1, 8), torch.zeros(2, 1, 8))
+    with recorded_choices() as choices:
+        rotate_and_write(torch.randn(2, 4, 8), rope, None, 0.0, torch.zeros(1, 4, 2, 8), step)
+    assert {op for op, _ in choices} == {"rotate_and_write", "apply_rope", "write_kv"}
+    shapes = choices["rotate_and_write", "reference"].shapes
+    assert shapes == [f"{shape} float32" for shape in ("2x4x8", "2x1x8", "2x1x8", "1x4x2x8")]
+
+
+def test_recorders_nest_end_with_their_block_and_are_off_by_default():
+    bump, x = small_op(), torch.zeros(1)
+    bump(x)
+    with recorded_choices() as outer:
+        bump(x)
+        with recorded_choices() as inner, choosing("reference"):
+            bump(x)
+        with pytest.raises(TypeError), recorded_choices():
+            bump(None)
+        bump(x)
+    bump(x)
+    assert outer["bump", "small"].num_calls == 2
+    assert list(outer) == [("bump", "small")]
+    assert inner["bump", "reference"].refusals == ["small: the reference was asked for"]
+
+
+def test_a_recorder_is_its_threads_own():
+    bump = small_op()
+    with recorded_choices() as choices, ThreadPoolExecutor(1) as threads:
+        threads.submit(bump, torch.zeros(1)).result()
+    assert choices == {}

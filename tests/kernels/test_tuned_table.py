@@ -60,7 +60,7 @@ def test_an_entry_serves_up_to_its_rows(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_dense_product_of_many_rows_is_the_librarys_unless_measured() -> None:
     x, weight = torch.ones(65, 8), torch.ones(4, 8)
-    (fast,) = (provider for provider in dense_linear.providers if "fast" in provider.choices)
+    (fast,) = (provider for provider in dense_linear.providers if "fast" in provider.modes)
     assert fast.accepts(x, weight) == "the tensors are not on a CUDA device"
     from powertrain.kernels.matmul import _refuse_many_rows
 

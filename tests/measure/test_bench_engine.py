@@ -62,7 +62,7 @@ def test_random_weights_need_only_a_config(known_ceilings: Ceilings, bare_config
 
 def test_every_request_gets_exactly_its_tokens(known_ceilings: Ceilings, tiny_model_dir: Callable[[str], Path]) -> None:
     """Counted by the engine itself, apart from the benchmark's own count."""
-    engine, _ = bench._start(
+    engine, _ = bench.start_engine(
         tiny_model_dir("llama"),
         bench._engine_config(bench.Workload(batches=(3,), prompt=20, output=5), "cpu", "auto", 1, {}),
         False,

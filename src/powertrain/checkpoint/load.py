@@ -23,6 +23,7 @@ from powertrain.kernels.quantized import quantize_to_float8
 from powertrain.model.decoder import Decoder
 from powertrain.model.families import ModelConfig, model_config
 from powertrain.model.float8 import Float8, Float8Weight
+from powertrain.model.gpu_memory import must_fit
 from powertrain.model.gpu_weights import Int4Blocked
 from powertrain.model.layers import Attention, Block, GatedMLP, Linear, RMSNorm, Rope
 from powertrain.model.packed import FLOATS, GGUF_FLOATS, GGUF_GRIDS, PackedMatrix, Part, can_stack, gguf_part, int_part
@@ -40,6 +41,12 @@ DOWN = ("mlp.down_proj",)
 PRODUCTS = (QKV, OUTPUT, GATE_UP, DOWN)
 """The layers of a block, as they are multiplied together."""
 
+_WEIGHTS_FIT = must_fit(
+    "the weights",
+    "take a smaller model or format (`powertrain compress --recipe W4A16`, --dtype bfloat16), or end what else holds "
+    "the GPU's memory",
+)
+
 RandomFormat = Literal["none", "int8", "int4", "fp8"]
 Progress = Callable[[int, int], None]
 """Called with (layers done, layers in all)."""
@@ -48,6 +55,7 @@ Matrices = Callable[[list[str]], Sequence[WeightFormat]]
 Vectors = Callable[[str, int], torch.Tensor]
 
 
+@_WEIGHTS_FIT
 def load_decoder(checkpoint: Checkpoint, config: EngineConfig, on_progress: Progress | None = None) -> Decoder:
     """The decoder a resolved `config` asks for: on the native kernels where they shall and can run, else `load_model`.
 
@@ -263,6 +271,7 @@ def _random_float8(weight: torch.Tensor) -> Float8Weight:
     return Float8Weight(values, scale[:, 0])
 
 
+@_WEIGHTS_FIT
 def random_decoder(
     folder: str | Path, config: EngineConfig, weight_format: RandomFormat = "none", seed: int = 0
 ) -> Decoder:

@@ -14,12 +14,14 @@ import torch
 from powertrain.config import EngineConfig, resolve
 from powertrain.engine.blocks import BlockPool
 from powertrain.engine.gpu_runner import GpuRunner, Launched, is_plain
-from powertrain.engine.memory import num_cache_blocks
+from powertrain.engine.memory import GRAPHS, POOL, STEP, num_cache_blocks
 from powertrain.engine.runner import Runner, StepResult
 from powertrain.engine.scheduler import Plan, Scheduler, Sequence
 from powertrain.engine.speculate import NgramProposer
 from powertrain.kernels import gpu_provider, native
-from powertrain.model.decoder import Decoder, KVCache
+from powertrain.kernels.op import recorded_choices
+from powertrain.model.decoder import Decoder
+from powertrain.model.gpu_memory import must_fit, out_of_memory
 from powertrain.types import (
     EngineInfo,
     EngineStats,
@@ -66,7 +68,8 @@ class Engine:
             NgramProposer(spec) if spec else None,
             spec.num_speculative_tokens if spec else 0,
         )
-        self.runner = _runner(model, model.new_cache(num_blocks, block_size), config, max_model_len)
+        with must_fit(*POOL):
+            self.runner = _runner(model, num_blocks, config, max_model_len)
         self._in_flight: tuple[Plan, Launched] | None = None
         self.info = EngineInfo(
             model=name,
@@ -104,14 +107,23 @@ class Engine:
         return engine
 
     def warm_up(self) -> None:
-        """One prompt and one decode step through the real path, so that the first request meets no first-time cost."""
+        """One prompt and one decode step through the real path, so that the first request meets no first-time cost.
+
+        What ran each op of them is logged, and why not the providers before it.
+        """
         sampling = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
         length = min(8, self.info.max_model_len - 1)
         self.add(Request(request_id="warm-up", prompt_token_ids=(0,) * max(1, length), sampling=sampling))
-        while self.has_work():
-            self.step()
+        with recorded_choices() as choices:
+            while self.has_work():
+                self.step()
+        # a CPU's reference says in one line, `EngineInfo.kernels`, why it runs
+        level = logging.DEBUG if self.model.device.type == "cpu" else logging.INFO
+        for choice in choices.values():
+            logger.log(level, "%s", choice)
         if isinstance(self.runner, GpuRunner):
-            self.runner.capture()
+            with must_fit(*GRAPHS):
+                self.runner.capture()
         self.pool.forget()
         self._stats = EngineStats(num_blocks=self.info.num_blocks)
         self.scheduler.prefix_queries = self.scheduler.prefix_hits = 0
@@ -198,6 +210,9 @@ class Engine:
             result = self.runner.execute(plan)
         except torch.AcceleratorError:
             raise  # the device's context is lost: no later step can succeed, and whoever runs the engine must know
+        except torch.OutOfMemoryError as error:
+            logger.exception("a step of %d sequences, %d tokens did not fit", len(plan.chunks), plan.num_tokens)
+            return self._fail([chunk.sequence for chunk in plan.chunks], out_of_memory(error, *STEP))
         except Exception as error:  # one bad step must not take the other requests' engine with it
             logger.exception("a step of %d sequences failed", len(plan.chunks))
             return self._fail([chunk.sequence for chunk in plan.chunks], f"{type(error).__name__}: {error}")
@@ -282,7 +297,8 @@ class Engine:
         self._prompt_logprobs.clear()
 
 
-def _runner(model: Decoder, cache: KVCache, config: EngineConfig, max_model_len: int) -> Runner:
+def _runner(model: Decoder, num_blocks: int, config: EngineConfig, max_model_len: int) -> Runner:
+    cache = model.new_cache(num_blocks, config.cache.block_size)
     if model.kernels != "triton" or gpu_provider.unsupported() is not None:
         return Runner(model, cache, config.scheduler.max_num_seqs, max_model_len)
     return GpuRunner(model, cache, config.scheduler.max_num_seqs, max_model_len)

@@ -10,10 +10,31 @@ import torch
 from powertrain.config import EngineConfig
 from powertrain.kernels.attention import AttentionStep
 from powertrain.model.decoder import Decoder
+from powertrain.model.gpu_memory import must_fit
 from powertrain.types import PowertrainError
 
 _CPU_SHARE = 0.25
 _CPU_LIMIT = 2 * 1024**3
+
+# What may not fit on a GPU, and the settings that make it fit.
+LARGEST_STEP = (
+    "the largest step beside the weights",
+    "lower --max-num-batched-tokens or --max-num-seqs, or take a smaller weight format",
+)
+POOL = (
+    "the KV pool",
+    "lower --gpu-memory-utilization (or --num-blocks or --kv-cache-memory-bytes where given), or take "
+    "--kv-cache-dtype fp8 or a smaller weight format",
+)
+GRAPHS = (
+    "the graphs of decode steps",
+    "lower --gpu-memory-utilization, so that the KV pool leaves more, or --max-num-seqs",
+)
+STEP = (
+    "this step",
+    "start the engine with a lower --gpu-memory-utilization, so that the KV pool leaves more, or a lower "
+    "--max-num-batched-tokens or --max-num-seqs",
+)
 
 
 def num_cache_blocks(model: Decoder, config: EngineConfig, max_model_len: int) -> int:
@@ -46,6 +67,7 @@ def _cpu_budget() -> int:
     return int(min(available * _CPU_SHARE, _CPU_LIMIT))
 
 
+@must_fit(*LARGEST_STEP)
 def _cuda_budget(model: Decoder, config: EngineConfig, max_model_len: int) -> int:
     """Measure the peak of a step of prompts that fill the token budget, with logits for every slot."""
     torch.cuda.reset_peak_memory_stats(model.device)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from powertrain.kernels.op import Choice, Provider
+from powertrain.kernels.op import Mode, Provider
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -21,7 +21,7 @@ def triton_provider(
     module: str,
     function: str,
     refuses: Callable[..., str | None] | None = None,
-    choices: tuple[Choice, ...] = ("fast",),
+    modes: tuple[Mode, ...] = ("fast",),
 ) -> Provider[Any, Any]:
     """`powertrain.kernels.gpu.<module>.<function>`, which takes the op's own arguments, a tensor first.
 
@@ -34,7 +34,7 @@ def triton_provider(
     def accepts(*args: Any) -> str | None:
         return _refuse(*args) or (refuses(*args) if refuses is not None else None)
 
-    return Provider("triton", run, accepts, unsupported, choices)
+    return Provider("triton", run, accepts, unsupported, modes)
 
 
 def invariant_provider(function: str, refuses: Callable[..., str | None] | None = None) -> Provider[Any, Any]:
@@ -42,8 +42,8 @@ def invariant_provider(function: str, refuses: Callable[..., str | None] | None 
     return triton_provider("invariant", function, refuses, ("invariant",))
 
 
-BY_ROW: tuple[Choice, ...] = ("fast", "invariant")
-"""Choices of a kernel that computes each row by itself in one way."""
+BY_ROW: tuple[Mode, ...] = ("fast", "invariant")
+"""Modes of a kernel that computes each row by itself in one way."""
 
 
 def unsupported() -> str | None:

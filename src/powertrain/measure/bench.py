@@ -78,10 +78,7 @@ def bench_engine(
     for a workload longer than the model or an engine that returns another number of tokens than asked.
     """
     workload = Workload(batches=tuple(batches), prompt=prompt, output=output, mixed=mixed, seed=seed)
-    if format not in FORMATS:
-        raise PowertrainError(f"--format must be one of {', '.join(FORMATS)}, got {format!r}")
-    if format != "none" and not random_weights:
-        raise PowertrainError("--format goes with --random-weights; to convert real weights use `powertrain compress`")
+    check_format(format, random_weights)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     say = progress or (lambda what, done, total: None)
@@ -90,7 +87,7 @@ def bench_engine(
     ceilings = roofline.measure_ceilings(device, threads=threads)
     config = _engine_config(workload, device, dtype, threads, engine_options or {})
     say("loading the model", 0, None)
-    engine, startup_s = _start(model, config, random_weights, format)
+    engine, startup_s = start_engine(model, config, random_weights, format)
     try:
         results = _measure_batches(engine, workload, ceilings, say)
         mixed_result = _measure_mixed(engine, workload, say) if mixed else None
@@ -175,9 +172,18 @@ def _engine_config(
     return EngineConfig.from_options(**{**options, **extra})
 
 
-def _start(
+def check_format(weight_format: str, random_weights: bool) -> None:
+    """Raises `PowertrainError` for a format that is unknown, or given for weights that are not drawn."""
+    if weight_format not in FORMATS:
+        raise PowertrainError(f"--format must be one of {', '.join(FORMATS)}, got {weight_format!r}")
+    if weight_format != "none" and not random_weights:
+        raise PowertrainError("--format goes with --random-weights; to convert real weights use `powertrain compress`")
+
+
+def start_engine(
     model: str | Path, config: EngineConfig, random_weights: bool, weight_format: Format
 ) -> tuple[Engine, float]:
+    """The engine on `model`, a name or a path, warm, and the seconds that took; weights as in `bench_engine`."""
     if not random_weights:
         from powertrain.checkpoint.hub import resolve_model
 
@@ -187,7 +193,7 @@ def _start(
     from powertrain.checkpoint.load import random_decoder
 
     start = time.perf_counter()
-    settled = resolve(config, has_cuda=config.device == "cuda", model_dtype="bfloat16")
+    settled = resolve(config, has_cuda=torch.cuda.is_available(), model_dtype="bfloat16")
     set_torch_threads(settled)
     drawn = random_decoder(model, settled, weight_format)
     set_torch_threads(settled, drawn)

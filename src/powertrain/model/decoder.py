@@ -12,7 +12,7 @@ import torch
 
 from powertrain.config import KVCacheDType
 from powertrain.kernels.attention import AttentionStep, LayerCache, ScaledCache, attention_backends
-from powertrain.kernels.op import Choice, choosing
+from powertrain.kernels.op import Mode, choosing
 from powertrain.model.families import ModelConfig
 from powertrain.model.layers import Block, Linear, RMSNorm, Rope
 from powertrain.model.weights import Dense
@@ -115,10 +115,10 @@ class Decoder:
 
     def _providers(self) -> AbstractContextManager[None]:
         """On a GPU, what `kernels` and `is_deterministic` say of the ops' providers."""
-        choice: Choice = "fast"
+        mode: Mode = "fast"
         if self.device.type == "cuda":
-            choice = "reference" if self.kernels == "reference" else "invariant" if self.is_deterministic else "fast"
-        return choosing(choice)
+            mode = "reference" if self.kernels == "reference" else "invariant" if self.is_deterministic else "fast"
+        return choosing(mode)
 
     def with_kv_cache_dtype(self, dtype: KVCacheDType) -> Decoder:
         """The same decoder with caches of another type; `auto` leaves it as it is. Raises `PowertrainError`."""

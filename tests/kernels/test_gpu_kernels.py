@@ -55,6 +55,27 @@ def test_norms_and_gated_activation(rows, width, dtype):
     assert difference(gpu_fused.silu_mul(gate_up), silu_mul.reference(gate_up)) < TOLERANCE[dtype]
 
 
+@each_dtype
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_a_norm_sums_the_pieces_of_a_product(pieces, dtype):
+    x, weight = normal(4, 300, dtype=dtype), normal(300).to(dtype)
+    delta = normal(pieces, 4, 300, seed=1)
+    own, expected = x.clone(), x.clone()
+    normed = gpu_fused.add_rms_norm(own, delta, weight, 1e-5)
+    assert difference(normed, add_rms_norm.reference(expected, delta, weight, 1e-5)) < TOLERANCE[dtype]
+    assert difference(own, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_a_product_left_in_pieces_is_its_sum(splits):
+    x, weight = normal(3, 512), normal(40, 512, seed=1)
+    config = gpu_matmul.SkinnyConfig(16, 64, splits, 4, 2)
+    pieces = gpu_matmul.skinny_linear(x, weight, config, keeps_pieces=True)
+    assert pieces.shape == ((splits, 3, 40) if splits > 1 else (3, 40))
+    whole = gpu_matmul.skinny_linear(x, weight, config)
+    assert difference(pieces.sum(0) if splits > 1 else pieces, whole) < 1e-6
+
+
 def step_over(query_lens, context_lens, block_size=16, seed=0):
     """A step whose blocks lie in a random order, and the number of blocks."""
     width = -(-max(context_lens) // block_size)

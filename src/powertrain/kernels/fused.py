@@ -22,8 +22,16 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
 
 
 def _add_rms_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x += delta, in place; then the norm of x. Both [..., d], contiguous, of one dtype."""
-    return _rms_norm(x.add_(delta), weight, eps)
+    """x += delta, in place; then the norm of x. Both [..., d], contiguous, of one dtype.
+
+    Or delta is float32 [pieces, ..., d], a product left in pieces: then their sum is added, rounded to x's dtype.
+    """
+    return _rms_norm(x.add_(sum_pieces(delta, x)), weight, eps)
+
+
+def sum_pieces(delta: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What `delta` adds to x [..., d]: itself, or the sum of a product's pieces."""
+    return delta.sum(0).to(x.dtype) if delta.ndim > x.ndim else delta
 
 
 def _apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

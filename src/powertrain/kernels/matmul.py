@@ -7,6 +7,8 @@ where the two cross are measured (`benchmarks/cpu_matmul.py`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from powertrain.kernels.fused import silu_mul
@@ -93,8 +95,11 @@ def _accepts_int4(
     return None
 
 
-def _dense_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [rows, in] times the transposed weight [out, in] of the same dtype."""
+def _dense_linear(x: torch.Tensor, weight: torch.Tensor, keeps_pieces: bool = False) -> torch.Tensor:
+    """x [rows, in] times the transposed weight [out, in] of the same dtype.
+
+    `keeps_pieces`: a provider may leave the sum of several float32 [pieces, rows, out] to who uses the result.
+    """
     return torch.nn.functional.linear(x, weight)
 
 
@@ -103,7 +108,7 @@ def _gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return silu_mul(torch.nn.functional.linear(x, weight))
 
 
-def _refuse_many_rows(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+def _refuse_many_rows(x: torch.Tensor, weight: torch.Tensor, keeps_pieces: bool = False) -> str | None:
     num_rows, in_features = x.shape
     if num_rows > MAX_SKINNY_ROWS and (
         x.dtype != torch.bfloat16
@@ -113,7 +118,7 @@ def _refuse_many_rows(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     return refuse_gaps(x, weight)
 
 
-def _skinny(function: str) -> Provider[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def _skinny(function: str) -> Provider[Any, torch.Tensor]:
     return triton_provider("matmul", function, _refuse_many_rows)
 
 

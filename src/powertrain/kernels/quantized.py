@@ -59,12 +59,18 @@ def _int8_rounded_linear(x: torch.Tensor, values: torch.Tensor, scale: torch.Ten
 
 
 def _float8_linear(
-    x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, rounds_input: bool, is_gated: bool
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scale: torch.Tensor,
+    rounds_input: bool,
+    is_gated: bool,
+    keeps_pieces: bool = False,
 ) -> torch.Tensor:
     """x [rows, in] times the transposed matrix of 8-bit floats (see `dequantize_float8`); returns x's dtype.
 
     `rounds_input`: each row of x, or each 128 of its inputs for a matrix of blocks, is rounded to 8-bit floats first.
-    `is_gated`: the outputs are gate above up, and the result is silu(gate) * up [rows, out / 2].
+    `is_gated`: the outputs are gate above up, and the result is silu(gate) * up [rows, out / 2]. `keeps_pieces`: a
+    provider may leave the sum of several float32 [pieces, rows, out] to who uses the result.
     """
     weight = dequantize_float8(values, scale)
     wide = x.float()
@@ -101,8 +107,10 @@ def dequantize_int4_blocks(weight: Int4Blocks, dtype: torch.dtype) -> torch.Tens
     return grouped.flatten(0, 1).transpose(0, 1).reshape(out_features, -1).to(dtype)
 
 
-def _int4_blocks_linear(x: torch.Tensor, weight: Int4Blocks, is_gated: bool) -> torch.Tensor:
-    """x [rows, in] times the transposed matrix; `is_gated` as in `float8_linear`. Returns x's dtype."""
+def _int4_blocks_linear(
+    x: torch.Tensor, weight: Int4Blocks, is_gated: bool, keeps_pieces: bool = False
+) -> torch.Tensor:
+    """x [rows, in] times the transposed matrix; the rest as in `float8_linear`. Returns x's dtype."""
     product = x @ dequantize_int4_blocks(weight, x.dtype).t()
     return silu_mul(product) if is_gated else product
 

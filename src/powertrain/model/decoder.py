@@ -12,6 +12,7 @@ import torch
 
 from powertrain.config import KVCacheDType
 from powertrain.kernels.attention import AttentionStep, LayerCache, ScaledCache, attention_backends
+from powertrain.kernels.fused import sum_pieces
 from powertrain.kernels.op import Mode, choosing
 from powertrain.model.families import ModelConfig
 from powertrain.model.layers import Block, Linear, RMSNorm, Rope
@@ -91,7 +92,7 @@ class Decoder:
         with attention_backends(x.device), self._providers():
             for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
                 delta = block(x, delta, rope, layer_cache, step)
-        return x if delta is None else x.add_(delta)
+        return x if delta is None else x.add_(sum_pieces(delta, x))
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

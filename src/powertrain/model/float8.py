@@ -42,6 +42,10 @@ class Float8:
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         return float8_linear(x, self._values, self._scale, self._rounds_input, False)
 
+    def matmul_in_pieces(self, x: torch.Tensor) -> torch.Tensor:
+        """As `matmul`, or float32 [pieces, rows, out] whose sum that is."""
+        return float8_linear(x, self._values, self._scale, self._rounds_input, False, True)
+
     def gated_matmul(self, x: torch.Tensor) -> torch.Tensor | None:
         """silu(gate) * up [rows, out / 2], with gate above up; None for blocks that hold a part of both."""
         if self._scale.ndim == 2 and self.out_features // 2 % FLOAT8_BLOCK:

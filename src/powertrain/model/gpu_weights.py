@@ -40,6 +40,10 @@ class Int4Blocked:
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         return int4_blocks_linear(x, self._blocks, False)
 
+    def matmul_in_pieces(self, x: torch.Tensor) -> torch.Tensor:
+        """As `matmul`, or float32 [pieces, rows, out] whose sum that is."""
+        return int4_blocks_linear(x, self._blocks, False, True)
+
     def gated_matmul(self, x: torch.Tensor) -> torch.Tensor | None:
         """silu(gate) * up [rows, out / 2], with gate above up."""
         return int4_blocks_linear(x, self._blocks, True)

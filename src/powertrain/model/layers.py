@@ -10,7 +10,7 @@ import torch
 from powertrain.kernels.attention import AttentionStep, LayerCache, paged_attention, rotate_and_write
 from powertrain.kernels.fused import add_rms_norm, rms_norm, silu_mul
 from powertrain.model.families import ModelConfig
-from powertrain.model.weights import GatedFormat, WeightFormat
+from powertrain.model.weights import GatedFormat, PiecewiseFormat, WeightFormat
 
 
 class Linear:
@@ -24,6 +24,12 @@ class Linear:
         parts = [weight.matmul(x) for weight in self.formats]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return out if self.bias is None else out + self.bias
+
+    def in_pieces(self, x: torch.Tensor) -> torch.Tensor:
+        """As a call, or float32 [pieces, tokens, out] whose sum that is, for `RMSNorm.after`."""
+        if self.bias is None and len(self.formats) == 1 and isinstance(self.formats[0], PiecewiseFormat):
+            return self.formats[0].matmul_in_pieces(x)
+        return self(x)
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         """silu of the first half of the outputs times the second half, [tokens, out / 2]."""
@@ -48,7 +54,7 @@ class RMSNorm:
         return rms_norm(x, self.weight, self.eps)
 
     def after(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """The norm of x + delta, which x becomes."""
+        """The norm of x + delta, which x becomes; delta [tokens, d], or the pieces of a product [pieces, tokens, d]."""
         return add_rms_norm(x, delta, self.weight, self.eps)
 
 
@@ -120,7 +126,7 @@ class Attention:
             norms, eps = (self.query_norm.weight, self.key_norm.weight), self.query_norm.eps
         query = rotate_and_write(qkv, rope, norms, eps, cache, step)
         out = paged_attention(query, cache, step, self.window)
-        return self.output(out.reshape(x.shape[0], -1))
+        return self.output.in_pieces(out.reshape(x.shape[0], -1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +137,7 @@ class GatedMLP:
     down: Linear
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.gate_up.gated(x))
+        return self.down.in_pieces(self.gate_up.gated(x))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +157,7 @@ class Block:
         cache: LayerCache,
         step: AttentionStep,
     ) -> torch.Tensor:
-        """x [tokens, hidden] becomes x + delta + this layer's attention; returns what its MLP adds."""
+        """x [tokens, hidden] becomes x + delta + this layer's attention; returns what its MLP adds, maybe in pieces."""
         normed = self.attention_norm(x) if delta is None else self.attention_norm.after(x, delta)
         attended = self.attention(normed, rope, cache, step)
         return self.mlp(self.mlp_norm.after(x, attended))

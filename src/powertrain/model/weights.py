@@ -80,6 +80,15 @@ class GatedFormat(Protocol):
         ...
 
 
+@runtime_checkable
+class PiecewiseFormat(Protocol):
+    """A format whose product may be left in pieces."""
+
+    def matmul_in_pieces(self, x: torch.Tensor) -> torch.Tensor:
+        """As `matmul`, or float32 [pieces, rows, out] whose sum that is."""
+        ...
+
+
 class Dense:
     """A float matrix. On a CPU float32 is kept in oneDNN's blocked layout, other types input-major.
 
@@ -108,6 +117,12 @@ class Dense:
             return blocked_linear(x, self._blocked)
         assert self._weight is not None
         return x @ self._weight if x.device.type == "cpu" else dense_linear(x, self._weight)
+
+    def matmul_in_pieces(self, x: torch.Tensor) -> torch.Tensor:
+        """As `matmul`, or float32 [pieces, rows, out] whose sum that is."""
+        if self._weight is None or x.device.type == "cpu":
+            return self.matmul(x)
+        return dense_linear(x, self._weight, True)
 
     def gated_matmul(self, x: torch.Tensor) -> torch.Tensor | None:
         """silu(gate) * up [rows, out / 2] where that is one product, with gate above up; else None."""

@@ -19,6 +19,8 @@ from powertrain.kernels.attention import LayerCache, ScaledCache, entries
 from powertrain.kernels.gpu.attention_tile import LOG2E, attend
 from powertrain.kernels.gpu.launch import launch_options, wait_turn
 
+MERGED_AT_ONCE = 8
+
 
 class DecodeConfig(NamedTuple):
     """Launch settings of decodes: positions of one turn, pieces to aim at for each processor, warps, stages."""
@@ -214,26 +216,32 @@ def _merge_kernel(
     NUM_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
+    PIECES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_turn(PDL)
     sequence, head = tl.program_id(0), tl.program_id(1)
     columns = tl.arange(0, DIM_BLOCK)
-    inside = columns < DIM
     largest = float("-inf")
     total = 0.0
     acc = tl.zeros((DIM_BLOCK,), tl.float32)
-    for item in range(tl.load(starts + sequence), tl.load(starts + sequence + 1)):
+    end = tl.load(starts + sequence + 1)
+    # several at once, whose loads do not wait for each other
+    for first in range(tl.load(starts + sequence), end, PIECES):
+        item = first + tl.arange(0, PIECES)
         row = item * NUM_HEADS + head
-        top = tl.load(stats + row * 2)
-        if top > float("-inf"):
-            new = tl.maximum(largest, top)
-            keep, add = tl.exp2(largest - new), tl.exp2(top - new)
-            acc = acc * keep + tl.load(partial + row * DIM + columns, inside, other=0.0) * add
-            total = total * keep + tl.load(stats + row * 2 + 1) * add
-            largest = new
+        tops = tl.load(stats + row * 2, item < end, other=float("-inf"))
+        sums = tl.load(stats + row * 2 + 1, item < end, other=0.0)
+        mask = (item < end)[:, None] & (columns < DIM)[None, :]
+        parts = tl.load(partial + row[:, None] * DIM + columns[None, :], mask, other=0.0)
+        new = tl.maximum(largest, tl.max(tops, 0))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        keep, add = tl.exp2(largest - safe), tl.exp2(tops - safe)
+        acc = acc * keep + tl.sum(parts * add[:, None], 0)
+        total = total * keep + tl.sum(sums * add, 0)
+        largest = new
     to = out + (sequence.to(tl.int64) * NUM_HEADS + head) * DIM + columns
-    tl.store(to, (acc / tl.where(total > 0.0, total, 1.0)).to(out.dtype.element_ty), inside)
+    tl.store(to, (acc / tl.where(total > 0.0, total, 1.0)).to(out.dtype.element_ty), columns < DIM)
 
 
 def decode_attention(
@@ -293,6 +301,7 @@ def decode_attention(
         NUM_HEADS=num_heads,
         DIM=dim,
         DIM_BLOCK=dim_block,
+        PIECES=MERGED_AT_ONCE,
         num_warps=1,
         **launch_options(query),
     )

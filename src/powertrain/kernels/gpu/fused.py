@@ -11,18 +11,29 @@ from powertrain.kernels.gpu.conversions import round_to_integer
 from powertrain.kernels.gpu.launch import launch_options, wait_turn
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["piece_stride"])
 def _add_rms_norm_kernel(
-    x, delta, weight, out, num_columns, eps, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    x,
+    delta,
+    weight,
+    out,
+    num_columns,
+    piece_stride,
+    eps,
+    DELTAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     wait_turn(PDL)
     row = tl.program_id(0).to(tl.int64) * num_columns
     columns = tl.arange(0, BLOCK)
     inside = columns < num_columns
     value = tl.load(x + row + columns, inside, other=0.0)
-    if HAS_DELTA:
-        added = value.to(tl.float32) + tl.load(delta + row + columns, inside, other=0.0).to(tl.float32)
-        value = added.to(value.dtype)
+    if DELTAS > 0:
+        total = tl.zeros((BLOCK,), tl.float32)
+        for piece in tl.static_range(DELTAS):
+            total += tl.load(delta + piece * piece_stride + row + columns, inside, other=0.0).to(tl.float32)
+        value = (value.to(tl.float32) + total.to(value.dtype).to(tl.float32)).to(value.dtype)
         tl.store(x + row + columns, value, inside)
     wide = value.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(wide * wide) / num_columns + eps)
@@ -38,7 +49,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_rms_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`kernels.fused.add_rms_norm` of contiguous rows."""
+    """`kernels.fused.add_rms_norm` of contiguous rows, or of a product's pieces, which are summed in their order."""
     return _norm(x, delta, weight, eps)
 
 
@@ -53,8 +64,9 @@ def _norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps
         weight,
         out,
         width,
+        x.numel(),
         eps,
-        HAS_DELTA=delta is not None,
+        DELTAS=0 if delta is None else delta.shape[0] if delta.ndim > x.ndim else 1,
         BLOCK=block,
         num_warps=_num_warps(block),
         **launch_options(x),

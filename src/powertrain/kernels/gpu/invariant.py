@@ -30,8 +30,8 @@ MAX_PIECES = 8192
 _DECODE = DecodeConfig(64, 2, 4, 3)
 
 
-def dense_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`kernels.matmul.dense_linear`."""
+def dense_linear(x: torch.Tensor, weight: torch.Tensor, keeps_pieces: bool = False) -> torch.Tensor:
+    """`kernels.matmul.dense_linear`, always summed."""
     return _scaled_linear(x, weight, None)
 
 
@@ -51,14 +51,19 @@ def int8_rounded_linear(x: torch.Tensor, values: torch.Tensor, scale: torch.Tens
 
 
 def float8_linear(
-    x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, rounds_input: bool, is_gated: bool
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scale: torch.Tensor,
+    rounds_input: bool,
+    is_gated: bool,
+    keeps_pieces: bool = False,
 ) -> torch.Tensor:
     """`kernels.quantized.float8_linear`, whose input is not rounded here, for any number of rows."""
     product = _scaled_linear(x, values, scale)
     return silu_mul(product) if is_gated else product
 
 
-def int4_linear(x: torch.Tensor, weight: Int4Blocks, is_gated: bool) -> torch.Tensor:
+def int4_linear(x: torch.Tensor, weight: Int4Blocks, is_gated: bool, keeps_pieces: bool = False) -> torch.Tensor:
     """`kernels.quantized.int4_blocks_linear`."""
     num_blocks, out_features, _ = weight.values.shape
     config = _config(out_features, num_blocks)

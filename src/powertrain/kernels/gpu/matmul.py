@@ -89,13 +89,13 @@ def _skinny_kernel(
     tl.store(to, acc.to(out.dtype.element_ty), (rows < num_rows)[:, None] & (columns < out_features)[None, :])
 
 
-def dense_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def dense_linear(x: torch.Tensor, weight: torch.Tensor, keeps_pieces: bool = False) -> torch.Tensor:
     """`kernels.matmul.dense_linear` for at most `MAX_SKINNY_ROWS` rows, or more where settings were measured."""
     if x.shape[0] > MAX_SKINNY_ROWS:
         config = tile_config(x, weight.shape[0])
         assert config is not None
-        return matrix_product(x, weight, None, config)
-    return skinny_linear(x, weight, config_for(x, weight.shape[0], gated=False))
+        return matrix_product(x, weight, None, config, keeps_pieces=keeps_pieces)
+    return skinny_linear(x, weight, config_for(x, weight.shape[0], gated=False), keeps_pieces=keeps_pieces)
 
 
 def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -120,10 +120,13 @@ def config_for(x: torch.Tensor, out_features: int, *, gated: bool) -> SkinnyConf
     return SkinnyConfig(outputs, inputs, splits, 4, stages)
 
 
-def skinny_linear(x: torch.Tensor, weight: torch.Tensor, config: SkinnyConfig, *, gated: bool = False) -> torch.Tensor:
+def skinny_linear(
+    x: torch.Tensor, weight: torch.Tensor, config: SkinnyConfig, *, gated: bool = False, keeps_pieces: bool = False
+) -> torch.Tensor:
     """x [rows <= 64, in] times the transposed weight [out, in], both contiguous along `in`; sums in float32.
 
     `gated`: the weight holds gate above up, and the result is silu(gate) * up [rows, out / 2], in one split.
+    `keeps_pieces`: the result of several splits is float32 [splits, rows, out], which are still to be summed.
     """
     num_rows, in_features = x.shape
     out_features = weight.shape[0] // 2 if gated else weight.shape[0]
@@ -153,4 +156,4 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, config: SkinnyConfig, *
         num_stages=config.num_stages,
         **options,
     )
-    return sum_splits(target, out) if splits > 1 else out
+    return target if splits == 1 or keeps_pieces else sum_splits(target, out)

@@ -254,7 +254,7 @@ def _matrix_kernel(
     _store(out, acc, rows, columns, num_rows, out_features, SWAPS)
 
 
-def int4_linear(x: torch.Tensor, weight: Int4Blocks, is_gated: bool) -> torch.Tensor:
+def int4_linear(x: torch.Tensor, weight: Int4Blocks, is_gated: bool, keeps_pieces: bool = False) -> torch.Tensor:
     """`kernels.quantized.int4_blocks_linear`."""
     num_rows = x.shape[0]
     if is_gated and num_rows > MAX_GATED_ROWS:
@@ -263,15 +263,21 @@ def int4_linear(x: torch.Tensor, weight: Int4Blocks, is_gated: bool) -> torch.Te
         return torch.nn.functional.linear(x, int4_floats(weight, x.dtype))
     num_blocks, all_outputs, _ = weight.values.shape
     out_features = all_outputs // 2 if is_gated else all_outputs
-    return int4_product(x, weight, config_for("int4", x, out_features, num_blocks, is_gated), is_gated)
+    config = config_for("int4", x, out_features, num_blocks, is_gated)
+    return int4_product(x, weight, config, is_gated, keeps_pieces)
 
 
 def float8_linear(
-    x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, rounds_input: bool, is_gated: bool
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scale: torch.Tensor,
+    rounds_input: bool,
+    is_gated: bool,
+    keeps_pieces: bool = False,
 ) -> torch.Tensor:
     """`kernels.quantized.float8_linear`, whose input is rounded above `MAX_UNROUNDED_ROWS` rows only."""
     if x.shape[0] <= MAX_UNROUNDED_ROWS or not rounds_input or scale.ndim == 2:
-        return byte_linear(x, values, scale, is_gated)
+        return byte_linear(x, values, scale, is_gated, keeps_pieces)
     narrow, own = quantize_rows(x, torch.float8_e4m3fn)
     product = torch._scaled_mm(
         narrow, values.t(), scale_a=own.unsqueeze(1), scale_b=scale.unsqueeze(0), out_dtype=torch.bfloat16
@@ -292,7 +298,9 @@ def int8_rounded_linear(x: torch.Tensor, values: torch.Tensor, scale: torch.Tens
     return scale_integers(torch._int_mm(narrow, values.t()), own, scale, x.dtype)
 
 
-def byte_linear(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, is_gated: bool) -> torch.Tensor:
+def byte_linear(
+    x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, is_gated: bool, keeps_pieces: bool = False
+) -> torch.Tensor:
     """x [rows, in] times the transposed values [out, in], int8 or float8_e4m3fn, with scales as `matrix_product`."""
     num_rows, in_features = x.shape
     if is_gated and num_rows > MAX_GATED_ROWS:
@@ -302,11 +310,16 @@ def byte_linear(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, is_g
     out_features = values.shape[0] // 2 if is_gated else values.shape[0]
     product = "int8" if values.dtype == torch.int8 else "fp8 blocks" if scale.ndim == 2 else "fp8"
     config = config_for(product, x, out_features, -(-in_features // FLOAT8_BLOCK), is_gated)
-    return matrix_product(x, values, scale, config, is_gated)
+    return matrix_product(x, values, scale, config, is_gated, keeps_pieces)
 
 
-def int4_product(x: torch.Tensor, weight: Int4Blocks, config: QuantizedConfig, is_gated: bool = False) -> torch.Tensor:
-    """x [rows <= 256, in] times the transposed matrix; `is_gated` as in `gated_linear`, in one split."""
+def int4_product(
+    x: torch.Tensor, weight: Int4Blocks, config: QuantizedConfig, is_gated: bool = False, keeps_pieces: bool = False
+) -> torch.Tensor:
+    """x [rows <= 256, in] times the transposed matrix; `is_gated` as in `gated_linear`, in one split.
+
+    `keeps_pieces`: the result of several splits is float32 [splits, rows, out], which are still to be summed.
+    """
     num_rows = x.shape[0]
     num_blocks, all_outputs, half = weight.values.shape
     out_features = all_outputs // 2 if is_gated else all_outputs
@@ -329,7 +342,7 @@ def int4_product(x: torch.Tensor, weight: Int4Blocks, config: QuantizedConfig, i
         GATED=is_gated,
         **_shared_options(x, config),
     )
-    return sum_splits(target, out) if config.splits > 1 else out
+    return target if config.splits == 1 or keeps_pieces else sum_splits(target, out)
 
 
 def matrix_product(
@@ -338,10 +351,12 @@ def matrix_product(
     scale: torch.Tensor | None,
     config: QuantizedConfig,
     is_gated: bool = False,
+    keeps_pieces: bool = False,
 ) -> torch.Tensor:
     """x [rows <= 256, in] times the transposed values [out, in]: int8, float8_e4m3fn, or x's dtype.
 
-    scale: float32 [out], or [out / 128, in / 128] rounded up, or None. `is_gated` as in `gated_linear`, in one split.
+    scale: float32 [out], or [out / 128, in / 128] rounded up, or None. `is_gated` as in `gated_linear`, in one split;
+    `keeps_pieces` as in `int4_product`.
     """
     num_rows, in_features = x.shape
     out_features = values.shape[0] // 2 if is_gated else values.shape[0]
@@ -364,7 +379,7 @@ def matrix_product(
         GATED=is_gated,
         **_shared_options(x, config),
     )
-    return sum_splits(target, out) if config.splits > 1 else out
+    return target if config.splits == 1 or keeps_pieces else sum_splits(target, out)
 
 
 def config_for(product: str, x: torch.Tensor, out_features: int, turns: int, is_gated: bool) -> QuantizedConfig:

@@ -72,7 +72,11 @@ def model(tiny_model_dir):
 
 def engine_of(model, monkeypatch, *, is_late, **options):
     if is_late:
-        make = lambda model, cache, config, length: LateRunner(model, cache, config.scheduler.max_num_seqs, length)  # noqa: E731
+
+        def make(model, num_blocks, config, length):
+            cache = model.new_cache(num_blocks, config.cache.block_size)
+            return LateRunner(model, cache, config.scheduler.max_num_seqs, length)
+
         monkeypatch.setattr(core, "_runner", make)
     else:
         monkeypatch.undo()

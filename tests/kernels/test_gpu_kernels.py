@@ -11,7 +11,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from powertrain.engine.sampler import Row, _draw, uniform
+from powertrain.engine.gpu_runner import count_tokens
+from powertrain.engine.sampler import Row, _draw, sample, uniform
 from powertrain.kernels.attention import AttentionStep, ScaledCache, paged_attention, rotate_and_write
 from powertrain.kernels.fused import add_rms_norm, rms_norm, silu_mul
 from powertrain.kernels.gpu import attention as gpu_attention
@@ -218,6 +219,19 @@ def draws_of(rows):
         top_p=column(lambda row: row.sampling.top_p),
         min_p=column(lambda row: row.sampling.min_p),
         top_k=column(lambda row: row.sampling.top_k, torch.int32),
+        repetition=column(lambda row: row.sampling.repetition_penalty),
+        presence=column(lambda row: row.sampling.presence_penalty),
+        frequency=column(lambda row: row.sampling.frequency_penalty),
+    )
+
+
+def draw(logits, rows):
+    """Each row's sequence counted in a slot of its own."""
+    counts = torch.zeros(len(rows), logits.shape[1], dtype=torch.int16, device=DEVICE)
+    for slot, row in enumerate(rows):
+        count_tokens(counts[slot], row.context, row.num_prompt)
+    return gpu_sampling.draw_tokens(
+        logits, draws_of(rows), gpu_sampling.Seen(counts, torch.arange(len(rows), device=DEVICE))
     )
 
 
@@ -237,7 +251,7 @@ def test_draws_are_those_of_the_reference(sampling, seed):
     """Up to rounding: a draw that lands on the border between two tokens may take either."""
     rows = [Row(one, [1, 2, 3], 3, (), seed + at, 0) for at, one in enumerate(sampling)]
     logits = normal(len(rows), 5000, seed=seed % 1000) * 3
-    tokens = gpu_sampling.draw_tokens(logits, draws_of(rows)).tolist()
+    tokens = draw(logits, rows).tolist()
     expected = _draw(logits.cpu().clone(), rows)
     if tokens != expected:
         shifted = [Row(row.sampling, row.context, 3, (), row.seed, 0) for row in rows]
@@ -261,14 +275,48 @@ def test_greedy_takes_the_lowest_of_equals_and_names_rows_that_are_not_finite():
     logits[2, 4] = torch.nan
     logits[3, 4500] = -torch.inf
     rows = [Row(SamplingParams(temperature=0.0), [1], 1, (), 0, 0) for _ in range(4)]
-    assert gpu_sampling.draw_tokens(logits, draws_of(rows)).tolist() == [77, 8999, -1, -1]
+    assert draw(logits, rows).tolist() == [77, 8999, -1, -1]
 
 
 def test_equal_logits_at_the_edge_of_top_k_stay_in():
     logits = torch.full((12, 300), -5.0, device=DEVICE)
     logits[:, [3, 100, 200]] = 2.0
     rows = [Row(SamplingParams(temperature=1.0, top_k=2), [1], 1, (), seed, 0) for seed in range(12)]
-    assert set(gpu_sampling.draw_tokens(logits, draws_of(rows)).tolist()) == {3, 100, 200}
+    assert set(draw(logits, rows).tolist()) == {3, 100, 200}
+
+
+PENALTIES = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.8]),
+    repetition_penalty=st.sampled_from([1.0, 1.3, 0.7]),
+    presence_penalty=st.sampled_from([0.0, 1.5, -0.5]),
+    frequency_penalty=st.sampled_from([0.0, 0.4]),
+)
+
+
+@settings(max_examples=15 if not HAS_GPU else 200, deadline=None)
+@given(sampling=st.lists(PENALTIES, min_size=1, max_size=3), seed=st.integers(0, 2**31))
+def test_penalized_draws_are_those_of_the_sampler(sampling, seed):
+    contexts = [[5, 9, 9, 700, 5, 5, 5, 9, 650, 3], [1, 2], [8] * 40 + [9]]
+    rows = [Row(one, contexts[at], 3 if at != 1 else 2, (), seed + at, 0) for at, one in enumerate(sampling)]
+    logits = normal(len(rows), 1000, seed=seed % 1000)
+    logits[:, [3, 5, 8, 9, 650, 700]] += 4.0
+    assert draw(logits, rows).tolist() == sample(logits.cpu().clone(), rows)
+
+
+def test_a_drawn_token_is_counted_in_its_slot():
+    counts = torch.zeros(3, 50, dtype=torch.int16, device=DEVICE)
+    count_tokens(counts[2], [4, 7, 7, 4, 9], 2)
+    assert counts[2, [4, 7, 9]].tolist() == [-(2**15) + 1, -(2**15) + 1, 1]
+    counts[0, 20] = 2**15 - 1
+    logits = torch.zeros(3, 50, device=DEVICE)
+    logits[0, 20], logits[1, 4], logits[2, 0] = 5.0, 5.0, torch.nan
+    rows = [Row(SamplingParams(temperature=0.0), [1], 1, (), 0, 0)] * 3
+    seen = gpu_sampling.Seen(counts, torch.tensor([0, 2, 1], device=DEVICE))
+    assert gpu_sampling.draw_tokens(logits, draws_of(rows), seen).tolist() == [20, 4, -1]
+    assert counts[2, 4] == -(2**15) + 2
+    assert counts[0, 20] == 2**15 - 1, "a count does not run over"
+    assert not counts[1].any()
 
 
 def test_inputs_of_a_decode_step():

@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from powertrain.engine.graph import DecodeGraphs, DeviceState, RowInputs, draw_next
 from powertrain.engine.runner import Runner, StepResult
-from powertrain.engine.sampler import Row, needs_only_logits, uniform
+from powertrain.engine.sampler import Row, has_penalties, needs_host, uniform
 from powertrain.engine.scheduler import Chunk, Plan, Sequence
 from powertrain.model.decoder import Decoder, KVCache
 from powertrain.types import SamplingParams
+
+IN_PROMPT, MAX_COUNT = -(2**15), 2**15 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +48,7 @@ class GpuRunner(Runner):
         super().__init__(model, cache, max_num_seqs, max_model_len)
         device = model.device
         width = self._tables.shape[1]
-        self._state = DeviceState(
-            torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device),
-            torch.zeros(max_num_seqs + 1, width, dtype=torch.int64, device=device),
-        )
+        self._state = DeviceState.empty(max_num_seqs, width, model.config.vocab_size, device)
         # two steps may be under way, and each reads its inputs when its turn comes
         self._inputs_of = [RowInputs.empty(max_num_seqs, "cpu", pinned=True) for _ in range(3)]
         self._turn = 0
@@ -92,17 +92,22 @@ class GpuRunner(Runner):
         last = [tokens[-1] for tokens in result.token_ids.values() if tokens]
         if slots:
             self._state.last_tokens.index_copy_(0, self._tensor(slots), self._tensor(last))
+        for sequence, tokens in result.token_ids.items():
+            if has_penalties(sequence.request.sampling):
+                known = [*sequence.token_ids, *tokens]
+                count_tokens(self._state.counts[sequence.slot], known, sequence.num_prompt)
         return result
 
     def _draw_from_top(self, hidden: torch.Tensor, rows: ListLike[Row], tokens: list[int | None]) -> list[int]:
-        """Draw rows that need nothing but their logits as a launched step does, so that their batch does not show."""
-        plain = [at for at, row in enumerate(rows) if needs_only_logits(row)]
+        """Draw rows as a launched step does where it could, so that what shares their batch does not show."""
+        needs = [needs_host(row.sampling, len(row.context) - row.num_prompt) for row in rows]
+        plain = [at for at, needed in enumerate(needs) if not needed]
         if plain:
             logits = self.model.raw_logits(self._take(hidden, plain, len(rows))).contiguous()
             drawn = draw_rows(logits, [rows[at] for at in plain])
             for at, token in zip(plain, drawn, strict=True):
                 tokens[at] = token
-        return [at for at, row in enumerate(rows) if not needs_only_logits(row)]
+        return [at for at, needed in enumerate(needs) if needed]
 
     def _launch_eager(self, chunks: ListLike[Chunk], sampling: ListLike[Chunk]) -> torch.Tensor:
         self._store_blocks(chunks)
@@ -135,14 +140,17 @@ class GpuRunner(Runner):
         return token_ids.index_copy_(0, self._tensor(at), known)
 
     def _store_blocks(self, chunks: ListLike[Chunk]) -> None:
-        """Put the chunks' new blocks in the device's tables."""
+        """Put the chunks' new blocks in the device's tables, and count the tokens of new sequences with penalties."""
         rows: list[int] = []
         columns: list[int] = []
         blocks: list[int] = []
         for chunk in chunks:
+            sequence = chunk.sequence
+            if chunk.is_new and has_penalties(sequence.request.sampling):
+                count_tokens(self._state.counts[sequence.slot], sequence.token_ids, sequence.num_prompt)
             first = 0 if chunk.is_new else -(-chunk.start // self.cache.block_size)
-            new = chunk.sequence.block_table[first:]
-            rows += [chunk.sequence.slot] * len(new)
+            new = sequence.block_table[first:]
+            rows += [sequence.slot] * len(new)
             columns += range(first, first + len(new))
             blocks += new
         if blocks:
@@ -155,7 +163,7 @@ class GpuRunner(Runner):
         inputs = buffer.first(size)
         integers, floats = inputs.integers.numpy(), inputs.floats.numpy()
         integers[:, len(chunks) :] = [[self._state.padding_slot], [0], [-1], [0]]
-        floats[:, len(chunks) :] = 0.0
+        floats[:, len(chunks) :] = [[value] for value in NO_DRAW]
         rows = []
         settings = []
         for chunk in chunks:
@@ -172,26 +180,47 @@ class GpuRunner(Runner):
         return inputs
 
 
+NO_DRAW = (0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
+"""`RowInputs.floats` of a row that takes its largest logit."""
+
+
 def draw_rows(logits: torch.Tensor, rows: ListLike[Row]) -> list[int | None]:
     """A token for each row of contiguous logits [rows, vocab]; None where a row holds a NaN or infinity."""
-    from powertrain.kernels.gpu.sampling import Draws, draw_tokens
+    from powertrain.kernels.gpu.sampling import Draws, Seen, draw_tokens
 
-    floats, integers = [], []
-    for row in rows:
-        floats.append(_draw_settings(row.sampling, row.seed, row.index, len(row.context)))
-        integers.append(row.sampling.top_k)
-    temperature, number, top_p, min_p = torch.tensor(floats, device=logits.device).t().contiguous().unbind()
-    top_k = torch.tensor(integers, dtype=torch.int32, device=logits.device)
-    tokens = draw_tokens(logits, Draws(temperature, number, top_p, min_p, top_k)).tolist()
+    device = logits.device
+    floats = [_draw_settings(row.sampling, row.seed, row.index, len(row.context)) for row in rows]
+    top_k = torch.tensor([row.sampling.top_k for row in rows], dtype=torch.int32, device=device)
+    temperature, number, top_p, min_p, *penalties = torch.tensor(floats, device=device).t().contiguous().unbind()
+    penalized = [at for at, row in enumerate(rows) if has_penalties(row.sampling)]
+    counts = torch.zeros(len(penalized) + 1, logits.shape[1], dtype=torch.int16, device=device)
+    slots = [0] * len(rows)  # the others share one that is not read
+    for slot, at in enumerate(penalized, start=1):
+        slots[at] = slot
+        count_tokens(counts[slot], rows[at].context, rows[at].num_prompt)
+    seen = Seen(counts, torch.tensor(slots, device=device))
+    tokens = draw_tokens(logits, Draws(temperature, number, top_p, min_p, top_k, *penalties), seen).tolist()
     return [token if token >= 0 else None for token in tokens]
 
 
-def _draw_settings(sampling: SamplingParams, seed: int, index: int, position: int) -> tuple[float, float, float, float]:
-    """Temperature, the uniform number, top_p and min_p of the draw at `position`."""
+def count_tokens(counts: torch.Tensor, token_ids: ListLike[int], num_prompt: int) -> None:
+    """Fill counts, int16 [vocab], with what a sequence holds (`kernels.gpu.sampling.Seen`)."""
+    counts.zero_()
+    counts.index_fill_(0, torch.tensor(token_ids[:num_prompt], dtype=torch.int64).to(counts.device), IN_PROMPT)
+    if len(token_ids) > num_prompt:
+        ids, times = np.unique(np.array(token_ids[num_prompt:], dtype=np.int64), return_counts=True)
+        place = torch.from_numpy(ids).to(counts.device)
+        added = torch.from_numpy(np.minimum(times, MAX_COUNT).astype(np.int16)).to(counts.device)
+        counts.index_copy_(0, place, counts.index_select(0, place) + added)
+
+
+def _draw_settings(sampling: SamplingParams, seed: int, index: int, position: int) -> tuple[float, ...]:
+    """`RowInputs.floats` of the draw at `position`."""
+    penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
     if sampling.is_greedy:
-        return 0.0, 0.0, 1.0, 0.0
+        return 0.0, 0.0, 1.0, 0.0, *penalties
     number = uniform(seed, index, position)
-    return max(sampling.temperature, 1e-5), number, sampling.top_p, sampling.min_p
+    return max(sampling.temperature, 1e-5), number, sampling.top_p, sampling.min_p, *penalties
 
 
 def _is_full(chunk: Chunk) -> bool:
@@ -202,5 +231,4 @@ def _is_full(chunk: Chunk) -> bool:
 def is_plain(sequence: Sequence) -> bool:
     """Whether a step can give the sequence's next token without the host seeing its logits or its last token."""
     sampling = sequence.request.sampling
-    row = Row(sampling, sequence.token_ids, sequence.num_prompt, sequence.request.eos_token_ids, 0, 0)
-    return sampling.prompt_logprobs is None and needs_only_logits(row)
+    return sampling.prompt_logprobs is None and not needs_host(sampling, sequence.num_output)

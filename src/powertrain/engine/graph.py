@@ -11,6 +11,7 @@ from powertrain.kernels.attention import AttentionStep
 from powertrain.model.decoder import Decoder, KVCache
 
 MAX_ROWS = 512
+NUM_FLOATS = 7
 _SMALL_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 
 
@@ -18,11 +19,21 @@ _SMALL_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 class DeviceState:
     """What stays on the device between steps, by slot; the row past the last slot is for padding.
 
-    last_tokens: int64 [slots + 1]; tables: int64 [slots + 1, blocks].
+    last_tokens: int64 [slots + 1]; tables: int64 [slots + 1, blocks]; counts: int16 [slots + 1, vocab], what a
+    sequence with penalties holds, as `kernels.gpu.sampling.Seen` has it.
     """
 
     last_tokens: torch.Tensor
     tables: torch.Tensor
+    counts: torch.Tensor
+
+    @classmethod
+    def empty(cls, num_slots: int, num_blocks: int, vocab_size: int, device: torch.device) -> DeviceState:
+        return cls(
+            torch.zeros(num_slots + 1, dtype=torch.int64, device=device),
+            torch.zeros(num_slots + 1, num_blocks, dtype=torch.int64, device=device),
+            torch.zeros(num_slots + 1, vocab_size, dtype=torch.int16, device=device),
+        )
 
     @property
     def padding_slot(self) -> int:
@@ -34,7 +45,7 @@ class RowInputs:
     """A step's rows as the host hands them over, in two tensors that one copy each fills.
 
     integers: int64 [4, rows]: slot, length with this token, block that begins with it or -1, top_k;
-    floats: float32 [4, rows]: temperature, uniform number, top_p, min_p.
+    floats: float32 [7, rows]: temperature, uniform number, top_p, min_p, repetition, presence and frequency penalty.
     """
 
     integers: torch.Tensor
@@ -44,12 +55,13 @@ class RowInputs:
     def empty(cls, num_rows: int, device: torch.device | str, *, pinned: bool = False) -> RowInputs:
         return cls(
             torch.zeros(4, num_rows, dtype=torch.int64, device=device, pin_memory=pinned),
-            torch.zeros(4, num_rows, dtype=torch.float32, device=device, pin_memory=pinned),
+            torch.zeros(NUM_FLOATS, num_rows, dtype=torch.float32, device=device, pin_memory=pinned),
         )
 
     def first(self, num_rows: int) -> RowInputs:
         """The same memory for fewer rows, without gaps."""
-        integers, floats = (part.view(-1)[: 4 * num_rows].view(4, num_rows) for part in (self.integers, self.floats))
+        parts = (self.integers, self.floats)
+        integers, floats = (part.view(-1)[: len(part) * num_rows].view(len(part), num_rows) for part in parts)
         return RowInputs(integers, floats)
 
     def copy_from(self, other: RowInputs) -> None:
@@ -73,11 +85,11 @@ def draw_next(model: Decoder, hidden: torch.Tensor, state: DeviceState, inputs: 
 
     `state` knows them afterwards.
     """
-    from powertrain.kernels.gpu.sampling import Draws, draw_tokens
+    from powertrain.kernels.gpu.sampling import Draws, Seen, draw_tokens
 
-    temperature, uniform, top_p, min_p = inputs.floats.unbind()
-    draws = Draws(temperature, uniform, top_p, min_p, inputs.integers[3].to(torch.int32))
-    tokens = draw_tokens(model.raw_logits(hidden).contiguous(), draws)
+    temperature, uniform, top_p, min_p, *penalties = inputs.floats.unbind()
+    draws = Draws(temperature, uniform, top_p, min_p, inputs.integers[3].to(torch.int32), *penalties)
+    tokens = draw_tokens(model.raw_logits(hidden).contiguous(), draws, Seen(state.counts, inputs.integers[0]))
     state.last_tokens.index_copy_(0, inputs.integers[0], tokens)
     return tokens
 
@@ -93,6 +105,7 @@ class DecodeGraphs:
             inputs = RowInputs.empty(size, model.device)
             inputs.integers[0] = state.padding_slot
             inputs.integers[2] = -1
+            inputs.floats[4] = 1.0
             decode_step(model, cache, state, inputs)  # compiles, and lets libraries set themselves up
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):

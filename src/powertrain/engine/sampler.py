@@ -51,7 +51,16 @@ def uniform(seed: int, index: int, position: int) -> float:
 
 def needs_only_logits(row: Row) -> bool:
     """Whether logits and settings alone give the row's token: no penalty, no bias, no log-probabilities."""
-    return row.sampling.logprobs is None and not _has_penalties(row) and not _has_edits(row)
+    return row.sampling.logprobs is None and not has_penalties(row.sampling) and not _has_edits(row)
+
+
+def needs_host(sampling: SamplingParams, num_output: int) -> bool:
+    """Whether a row after `num_output` tokens asks for more than a device that counts its tokens can give."""
+    return sampling.logprobs is not None or bool(sampling.logit_bias) or num_output < sampling.min_tokens
+
+
+def has_penalties(sampling: SamplingParams) -> bool:
+    return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
 
 
 def num_candidates(row: Row) -> int | None:
@@ -92,7 +101,7 @@ def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[int | None]:
     The logits are changed in place. Greedy rows take the argmax after penalties and bias.
     """
     finite = torch.isfinite(logits).all(-1).tolist()
-    _select(rows, _has_penalties, lambda at: _penalize(logits[at], rows[at]))
+    _select(rows, lambda row: has_penalties(row.sampling), lambda at: _penalize(logits[at], rows[at]))
     _select(rows, _has_edits, lambda at: _edit(logits[at], rows[at]))
     tokens: list[int | None] = list(logits.argmax(-1).tolist())
     random = [at for at, row in enumerate(rows) if not row.sampling.is_greedy and finite[at]]
@@ -116,11 +125,6 @@ def _select(rows: Sequence[Row], wanted: Callable[[Row], bool], apply: Callable[
     for at, row in enumerate(rows):
         if wanted(row):
             apply(at)
-
-
-def _has_penalties(row: Row) -> bool:
-    sampling = row.sampling
-    return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
 
 
 def _has_edits(row: Row) -> bool:

@@ -1,4 +1,4 @@
-"""One token per row of logits, drawn on the device: greedy, or by temperature, top-k, top-p and min-p.
+"""One token per row of logits, drawn on the device: greedy, or by temperature, top-k, top-p and min-p; with penalties.
 
 Four kernels, so that many processors share a row: each block's largest logit; the row's threshold, found by bisection
 over the bits of a float instead of a sort; each block's mass above it; the draw, by inverting the cumulative sums at
@@ -22,7 +22,7 @@ class Draws(NamedTuple):
     """How each row is drawn. All [rows].
 
     temperature: float32, 0 for greedy; uniform: float32 in [0, 1); top_p, min_p: float32, 1 and 0 for off; top_k:
-    int32, 0 for off.
+    int32, 0 for off; repetition, presence, frequency: float32, the penalties, 1, 0 and 0 for off.
     """
 
     temperature: torch.Tensor
@@ -30,6 +30,20 @@ class Draws(NamedTuple):
     top_p: torch.Tensor
     min_p: torch.Tensor
     top_k: torch.Tensor
+    repetition: torch.Tensor
+    presence: torch.Tensor
+    frequency: torch.Tensor
+
+
+class Seen(NamedTuple):
+    """Which tokens each row's sequence holds, for penalties.
+
+    counts: int16 [slots, vocab]: how often the output has a token, in the low 15 bits, and whether the prompt has it,
+    in the sign; slots: int64 [rows], each row's own. Rows without penalties may have any counts.
+    """
+
+    counts: torch.Tensor
+    slots: torch.Tensor
 
 
 @triton.jit
@@ -40,12 +54,48 @@ def _order(value):
 
 
 @triton.jit
-def _largest_kernel(logits, largest, largest_at, num_logits, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _penalties(counts, slots, repetition, presence, frequency, num_logits):
+    """A row's own counts and penalties, and whether it has any: what `_load` wants."""
+    row = tl.program_id(0)
+    own = counts + tl.load(slots + row) * num_logits
+    factor = tl.load(repetition + row)
+    once, each = tl.load(presence + row), tl.load(frequency + row)
+    return own, factor, once, each, (factor != 1.0) | (once != 0.0) | (each != 0.0)
+
+
+@triton.jit
+def _load(logits, columns, num_logits, counts, factor, once, each, has_penalties):
+    """Logits of a row as float32, penalized: Keskar et al. 2019 (arXiv 1909.05858), and the additive two."""
+    inside = columns < num_logits
+    value = tl.load(logits + columns, inside, other=float("-inf")).to(tl.float32)
+    if has_penalties:
+        seen = tl.load(counts + columns, inside, other=0).to(tl.int32)
+        times = seen & 0x7FFF
+        value = tl.where(seen != 0, tl.where(value > 0.0, value / factor, value * factor), value)
+        value -= tl.where(times > 0, once + each * times.to(tl.float32), 0.0)
+    return value
+
+
+@triton.jit
+def _largest_kernel(
+    logits,
+    counts,
+    slots,
+    repetition,
+    presence,
+    frequency,
+    largest,
+    largest_at,
+    num_logits,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
     wait_turn(PDL)
     row, block = tl.program_id(0), tl.program_id(1)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     inside = columns < num_logits
-    value = tl.load(logits + row.to(tl.int64) * num_logits + columns, inside, other=float("-inf")).to(tl.float32)
+    own, factor, once, each, has = _penalties(counts, slots, repetition, presence, frequency, num_logits)
+    value = _load(logits + row.to(tl.int64) * num_logits, columns, num_logits, own, factor, once, each, has)
     # a NaN or an infinity of either sign makes the block's largest NaN
     is_bad = inside & ((value - value) != 0.0)
     top = tl.max(value, 0)
@@ -56,13 +106,13 @@ def _largest_kernel(logits, largest, largest_at, num_logits, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _measure(at, num_logits, key, top, inverse, BLOCK: tl.constexpr):
+def _measure(at, num_logits, key, top, inverse, own, factor, once, each, has, BLOCK: tl.constexpr):
     """How many logits of a row reach `key`, and their mass relative to the largest."""
     count = tl.zeros((BLOCK,), tl.int32)
     mass = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_logits, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        value = tl.load(at + columns, columns < num_logits, other=float("-inf")).to(tl.float32)
+        value = _load(at, columns, num_logits, own, factor, once, each, has)
         stays = (_order(value) >= key) & (columns < num_logits)
         count += stays.to(tl.int32)
         mass += tl.where(stays, tl.exp((value - top) * inverse), 0.0)
@@ -72,6 +122,11 @@ def _measure(at, num_logits, key, top, inverse, BLOCK: tl.constexpr):
 @triton.jit
 def _threshold_kernel(
     logits,
+    counts,
+    slots,
+    repetition,
+    presence,
+    frequency,
     largest,
     top_of_row,
     threshold,
@@ -92,6 +147,7 @@ def _threshold_kernel(
     is_bad = tl.max((tops != tops).to(tl.int32), 0) > 0
     top = tl.max(tl.where(tops == tops, tops, float("-inf")), 0)
     heat = tl.load(temperature + row)
+    own, factor, once, each, has = _penalties(counts, slots, repetition, presence, frequency, num_logits)
     least = _order(float("-inf") + 0.0 * top)
     if (heat > 0.0) & (is_bad == 0):
         at = logits + row.to(tl.int64) * num_logits
@@ -106,17 +162,21 @@ def _threshold_kernel(
             low, high = least.to(tl.int64), ceiling.to(tl.int64) + 1  # `low` keeps enough, `high` too few
             while high - low > 1:
                 middle = (low + high) >> 1
-                count, _ = _measure(at, num_logits, middle.to(tl.int32), top, inverse, BLOCK)
+                count, _ = _measure(
+                    at, num_logits, middle.to(tl.int32), top, inverse, own, factor, once, each, has, BLOCK
+                )
                 enough = count >= wanted
                 low = tl.where(enough, middle, low)
                 high = tl.where(enough, high, middle)
             least = low.to(tl.int32)
         if share < 1.0:
-            _, all_mass = _measure(at, num_logits, least, top, inverse, BLOCK)
+            _, all_mass = _measure(at, num_logits, least, top, inverse, own, factor, once, each, has, BLOCK)
             low, high = least.to(tl.int64), ceiling.to(tl.int64) + 1
             while high - low > 1:
                 middle = (low + high) >> 1
-                _, mass = _measure(at, num_logits, middle.to(tl.int32), top, inverse, BLOCK)
+                _, mass = _measure(
+                    at, num_logits, middle.to(tl.int32), top, inverse, own, factor, once, each, has, BLOCK
+                )
                 enough = mass >= share * all_mass
                 low = tl.where(enough, middle, low)
                 high = tl.where(enough, high, middle)
@@ -127,7 +187,19 @@ def _threshold_kernel(
 
 @triton.jit
 def _mass_kernel(
-    logits, top_of_row, threshold, temperature, masses, num_logits, BLOCK: tl.constexpr, PDL: tl.constexpr
+    logits,
+    counts,
+    slots,
+    repetition,
+    presence,
+    frequency,
+    top_of_row,
+    threshold,
+    temperature,
+    masses,
+    num_logits,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     wait_turn(PDL)
     row, block = tl.program_id(0), tl.program_id(1)
@@ -135,7 +207,8 @@ def _mass_kernel(
     if heat > 0.0:
         columns = block * BLOCK + tl.arange(0, BLOCK)
         inside = columns < num_logits
-        value = tl.load(logits + row.to(tl.int64) * num_logits + columns, inside, other=float("-inf")).to(tl.float32)
+        own, factor, once, each, has = _penalties(counts, slots, repetition, presence, frequency, num_logits)
+        value = _load(logits + row.to(tl.int64) * num_logits, columns, num_logits, own, factor, once, each, has)
         weight = tl.exp((value - tl.load(top_of_row + row)) / tl.maximum(heat, 1e-5))
         weight = tl.where(inside & (_order(value) >= tl.load(threshold + row)), weight, 0.0)
         tl.store(masses + row * tl.num_programs(1) + block, tl.sum(weight, 0))
@@ -144,6 +217,11 @@ def _mass_kernel(
 @triton.jit
 def _draw_kernel(
     logits,
+    counts,
+    slots,
+    repetition,
+    presence,
+    frequency,
     largest,
     largest_at,
     top_of_row,
@@ -177,8 +255,9 @@ def _draw_kernel(
             before = tl.max(tl.where(blocks < chosen, sums, 0.0), 0)
             columns = chosen * BLOCK + tl.arange(0, BLOCK)
             inside = columns < num_logits
-            at = logits + row.to(tl.int64) * num_logits + columns
-            value = tl.load(at, inside, other=float("-inf")).to(tl.float32)
+            own, factor, once, each, has = _penalties(counts, slots, repetition, presence, frequency, num_logits)
+            at = logits + row.to(tl.int64) * num_logits
+            value = _load(at, columns, num_logits, own, factor, once, each, has)
             stays = inside & (_order(value) >= tl.load(threshold + row))
             weight = tl.where(stays, tl.exp((value - top) / tl.maximum(heat, 1e-5)), 0.0)
             running = before + tl.cumsum(weight, 0)
@@ -191,10 +270,14 @@ def _draw_kernel(
             places = tl.load(largest_at + row * num_blocks + blocks, known, other=0)
             token = tl.min(tl.where(known & (tops == top), places, num_logits), 0).to(tl.int32)
     tl.store(tokens + row, token.to(tl.int64))
+    if token >= 0:
+        own_count = counts + tl.load(slots + row) * num_logits + token
+        times = tl.load(own_count)
+        tl.store(own_count, tl.where((times & 0x7FFF) == 0x7FFF, times, times + 1))
 
 
-def draw_tokens(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """Tokens int64 [rows] of contiguous logits [rows, vocab]; -1 where a row holds a NaN or infinity.
+def draw_tokens(logits: torch.Tensor, draws: Draws, seen: Seen) -> torch.Tensor:
+    """Tokens int64 [rows] of contiguous logits [rows, vocab], counted in `seen`; -1 where a row is not finite.
 
     Greedy rows take the lowest id among equal logits; equal ones at the edge of top-k and top-p stay in.
     """
@@ -209,11 +292,12 @@ def draw_tokens(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
     tokens = torch.empty(num_rows, dtype=torch.int64, device=device)
     blocks = triton.next_power_of_2(num_blocks)
     options = launch_options(logits)
+    penalized = (logits, seen.counts, seen.slots, draws.repetition, draws.presence, draws.frequency)
     _largest_kernel[(num_rows, num_blocks)](
-        logits, largest, largest_at, num_logits, BLOCK=BLOCK, num_warps=8, **options
+        *penalized, largest, largest_at, num_logits, BLOCK=BLOCK, num_warps=8, **options
     )
     _threshold_kernel[(num_rows,)](
-        logits,
+        *penalized,
         largest,
         top_of_row,
         threshold,
@@ -229,10 +313,10 @@ def draw_tokens(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
         **options,
     )
     _mass_kernel[(num_rows, num_blocks)](
-        logits, top_of_row, threshold, draws.temperature, masses, num_logits, BLOCK=BLOCK, num_warps=8, **options
+        *penalized, top_of_row, threshold, draws.temperature, masses, num_logits, BLOCK=BLOCK, num_warps=8, **options
     )
     _draw_kernel[(num_rows,)](
-        logits,
+        *penalized,
         largest,
         largest_at,
         top_of_row,

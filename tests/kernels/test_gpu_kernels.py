@@ -21,6 +21,7 @@ from powertrain.kernels.gpu import fused as gpu_fused
 from powertrain.kernels.gpu import inputs as gpu_inputs
 from powertrain.kernels.gpu import matmul as gpu_matmul
 from powertrain.kernels.gpu import sampling as gpu_sampling
+from powertrain.kernels.gpu import whole_prompts
 from powertrain.types import SamplingParams
 
 HAS_GPU = torch.cuda.is_available()
@@ -177,6 +178,30 @@ def test_paged_attention(query_lens, context_lens, heads, kv_heads, dim, block_s
     exact = step_over(query_lens, context_lens, block_size)[0]
     expected = paged_attention.reference(query.float(), cache.float(), exact, window)
     assert difference(out, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("kind", [None, torch.int8], ids=str)
+def test_long_whole_prompts_are_the_librarys(kind, monkeypatch):
+    """Among decodes, short prompts and chunks of longer ones, which are not."""
+    monkeypatch.setattr(whole_prompts, "SHORTEST", 40)
+    monkeypatch.setattr(whole_prompts, "LENGTH_STEP", 48)
+    query_lens, context_lens = [1, 50, 5, 40, 96, 45], [30, 50, 5, 70, 96, 45]
+    step, num_blocks = step_over(query_lens, context_lens)
+    dtype = torch.bfloat16 if HAS_GPU else torch.float16
+    cache = normal(num_blocks, 16, 4, 32, dtype=dtype)
+    if kind is not None:
+        cache = ScaledCache((cache * 30).to(kind), torch.full((num_blocks, 16, 4), 0.03, device=DEVICE))
+    query = normal(sum(query_lens), 6, 32, dtype=dtype, seed=1)
+    found = whole_prompts.whole_prompts(step, query, None)
+    assert [tuple(prompt) for prompt in found] == [(1, 1, 50), (4, 96, 96), (5, 192, 45)]
+    assert whole_prompts.whole_prompts(step, query, 30) == whole_prompts.whole_prompts(step, query.float(), None) == []
+    out = gpu_attention.paged_attention(query, cache, step, None)
+    wide = cache if kind is not None else cache.float()
+    expected = paged_attention.reference(query.float(), wide, step_over(query_lens, context_lens)[0], None)
+    assert difference(out, expected) < TOLERANCE[dtype]
+    alone = gpu_attention.paged_attention(query[:96], cache, step_over([96], [96])[0], None)
+    expected = paged_attention.reference(query[:96].float(), wide, step_over([96], [96])[0], None)
+    assert difference(alone, expected) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("fixed", [0, 64])

@@ -142,7 +142,7 @@ def _write_kv(key_value: torch.Tensor, cache: LayerCache, step: AttentionStep) -
     cache.scales.view(-1, key_value.shape[1]).index_copy_(0, step.slots, scales)
 
 
-def _gather(cache: LayerCache, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def gather(cache: LayerCache, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Keys and values of whole blocks, [blocks * block_size, 2 * kv_heads, d] in `dtype`.
 
     index_select copies whole blocks; indexing with the table itself is several times slower on a CPU.
@@ -208,7 +208,7 @@ def _decode_attention(query: torch.Tensor, cache: LayerCache, step: AttentionSte
     longest = max(step.context_lens[:num_seqs])
     tables = step.block_tables[:num_seqs, : -(-longest // block_size)]
     width = tables.shape[1] * block_size
-    gathered = _gather(cache, tables.flatten(), query.dtype).view(num_seqs, width, 2 * num_kv_heads, head_dim)
+    gathered = gather(cache, tables.flatten(), query.dtype).view(num_seqs, width, 2 * num_kv_heads, head_dim)
     keys, values = gathered.transpose(1, 2).chunk(2, dim=1)
     grouped = query.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
     mask = None
@@ -248,7 +248,7 @@ def _prefill_attention(
     block_size, num_kv_heads = entries(cache).shape[1], entries(cache).shape[2] // 2
     blocks = block_table[: -(-context // block_size)]
     groups = num_heads // num_kv_heads
-    gathered = _gather(cache, blocks, query.dtype)[:context]
+    gathered = gather(cache, blocks, query.dtype)[:context]
     keys, values = gathered.transpose(0, 1).chunk(2)
     if groups > 1:
         keys = keys.repeat_interleave(groups, dim=0)

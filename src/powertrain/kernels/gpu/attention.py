@@ -7,6 +7,7 @@ import torch
 from powertrain.kernels.attention import AttentionStep, LayerCache, entries
 from powertrain.kernels.gpu.decode_attention import decode_attention, split_decodes
 from powertrain.kernels.gpu.prefill_attention import make_tiles, prefill_attention, tile_tokens
+from powertrain.kernels.gpu.whole_prompts import attend, whole_prompts
 
 
 def paged_attention(query: torch.Tensor, cache: LayerCache, step: AttentionStep, window: int | None) -> torch.Tensor:
@@ -24,11 +25,25 @@ def paged_attention(query: torch.Tensor, cache: LayerCache, step: AttentionStep,
             query[:num_decodes], cache, step.block_tables, step.context_lens_tensor, split, window, out[:num_decodes]
         )
     if num_decodes < len(step.query_lens):
-        tiles = step.shared.get("tiles")
-        if tiles is None:
-            tiles = step.shared["tiles"] = make_tiles(step, tile_tokens(query.shape[1] // num_kv_heads))
-        prefill_attention(query, cache, step.block_tables, tiles, window, out)
+        _prompts(query, cache, step, window, out)
     return out
+
+
+def _prompts(
+    query: torch.Tensor, cache: LayerCache, step: AttentionStep, window: int | None, out: torch.Tensor
+) -> None:
+    """Chunks in tiles over the paged cache; long prompts that are whole by the library."""
+    whole = whole_prompts(step, query, window)
+    for prompt in whole:
+        out[prompt.first_row : prompt.first_row + prompt.num_tokens] = attend(query, cache, step, prompt)
+    if len(whole) == len(step.query_lens) - step.num_decodes:
+        return
+    tiles = step.shared.get(("tiles", len(whole)))
+    if tiles is None:
+        tokens = tile_tokens(query.shape[1] // (entries(cache).shape[2] // 2))
+        tiles = make_tiles(step, tokens, {prompt.sequence for prompt in whole})
+        step.shared["tiles", len(whole)] = tiles
+    prefill_attention(query, cache, step.block_tables, tiles, window, out)
 
 
 def num_processors(device: torch.device) -> int:

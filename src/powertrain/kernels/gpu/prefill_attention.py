@@ -5,6 +5,7 @@ The online softmax of Dao et al. 2022 (arXiv 2205.14135); the heads that share a
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 import numpy as np
@@ -186,12 +187,15 @@ def prefill_attention(
     return out
 
 
-def make_tiles(step: AttentionStep, tokens: int) -> torch.Tensor:
-    """The step's prompts in pieces of at most `tokens` rows, as `prefill_attention` wants them, long contexts first."""
+def make_tiles(step: AttentionStep, tokens: int, without: AbstractSet[int] = frozenset()) -> torch.Tensor:
+    """The step's prompts in pieces of at most `tokens` rows, as `prefill_attention` wants them, long contexts first.
+
+    `without`: numbers of sequences that are left out.
+    """
     made, row = [], step.num_decodes
     for sequence in range(step.num_decodes, len(step.query_lens)):
         count, context = step.query_lens[sequence], step.context_lens[sequence]
-        for first in range(0, count, tokens):
+        for first in range(0, 0 if sequence in without else count, tokens):
             made.append((sequence, row + first, context - count + first, min(tokens, count - first)))
         row += count
     made.sort(key=lambda tile: -tile[2])

@@ -58,6 +58,9 @@ EQUAL_TEXTS = 0.95
 LARGEST_GAP = 0.01
 """Where greedy texts part, the reference must hold the two tokens for nearly equal: difference of logits."""
 
+IN_DTYPE = "kl_mean_of_reference_in_dtype"
+"""What torch's products lose in the same dtype on the same device: a product's share of the KL is what exceeds it."""
+
 SHOWN = ("kl_mean", "kl_p99", "top1_agreement", "ppl_reference", "ppl_candidate")
 GREEDY = "greedy"
 SHARED_PREFIX = 128
@@ -207,6 +210,7 @@ def _line(row: Row) -> str:
         found = row["error"]
     elif "kl_mean" in row:
         found = f"KL {row['kl_mean']:.2e}  argmax {row['top1_agreement']:7.2%}  of {row['num_tokens']} tokens"
+        found += f"  (reference in {row['dtype']} {row[IN_DTYPE]:.2e})" if IN_DTYPE in row else ""
     else:
         found = f"{row['num_equal']} of {row['num_texts']} equal, largest gap {row['largest_gap']:.1e}"
     mark = "!" if _missed(row) else " "
@@ -299,39 +303,38 @@ def _teacher_forced(
 def _compare(
     reference: Decoder, tested: Decoder, subject: Subject, windows: Sequence[Window], chunk: int, is_rounded: bool
 ) -> Row:
-    scores, num_not_finite = _scores(reference, tested, windows, chunk)
-    found = summarize(scores)
-    max_kl, in_dtype = subject.max_kl, {}
-    if is_rounded:
-        plain = copy.copy(tested)
-        plain.kernels = "reference"
-        kl = summarize(_scores(reference, plain, windows, LONG_CHUNK)[0]).values["kl_mean"]
-        in_dtype = {"kl_mean_of_reference_in_dtype": kl}
-        max_kl = max(max_kl, ROUNDED_FACTOR * kl)
-    bars: dict[str, dict[str, float]] = {"kl_mean": {"max": max_kl}, "num_not_finite": {"max": 0}}
-    if subject.min_agreement is not None:
-        bars["top1_agreement"] = {"min": subject.min_agreement if chunk == LONG_CHUNK else SHORT_AGREEMENT}
-    counts = {"num_tokens": sum(map(len, scores)), "num_windows": len(windows), "num_not_finite": num_not_finite}
-    values = {name: found.values[name] for name in SHOWN}
-    intervals = {name: list(found.intervals[name]) for name in SHOWN if name in found.intervals}
-    about = {"dtype": subject.dtype, "kv_cache_dtype": tested.kv_cache_dtype, "formats": tested.formats()}
-    return {"chunk": chunk, **about, **counts, **values, **in_dtype, "intervals": intervals, "bars": bars}
-
-
-def _scores(
-    reference: Decoder, tested: Decoder, windows: Sequence[Window], chunk: int
-) -> tuple[list[TokenScores], int]:
-    """Scores by window, and how many tokens had a logit that is NaN or infinite (which counts as 0 or the largest)."""
+    plain = copy.copy(tested)
+    plain.kernels = "reference"
     scores: list[TokenScores] = []
+    in_dtype: list[TokenScores] = []
     num_not_finite = 0
     for window in windows:
         token_ids = torch.tensor(window.token_ids[:-1])
         with reference_only():  # on a CPU some products with few rows would run torch's 16-bit kernels
-            expected = reference.score(token_ids)
+            expected = reference.score(token_ids).to(tested.device)
         got = tested.score(token_ids, chunk=chunk)
         num_not_finite += int((~torch.isfinite(got)).any(-1).sum())
-        scores.append(compare_logits(expected.to(got.device), got.nan_to_num(), targets(window)))
-    return scores, num_not_finite
+        scores.append(compare_logits(expected, got.nan_to_num(), targets(window)))
+        if is_rounded == subject.rounds_input:  # the reference on the device always rounds
+            in_dtype.append(compare_logits(expected, plain.score(token_ids), targets(window)))
+    row: Row = {
+        "chunk": chunk,
+        "dtype": subject.dtype,
+        "kv_cache_dtype": tested.kv_cache_dtype,
+        "formats": tested.formats(),
+    }
+    row |= {"num_tokens": sum(map(len, scores)), "num_windows": len(windows), "num_not_finite": num_not_finite}
+    found = summarize(scores)
+    row |= {name: found.values[name] for name in SHOWN}
+    row["intervals"] = {name: list(found.intervals[name]) for name in SHOWN if name in found.intervals}
+    max_kl = subject.max_kl
+    if in_dtype:
+        row[IN_DTYPE] = summarize(in_dtype).values["kl_mean"]
+        max_kl = max(max_kl, ROUNDED_FACTOR * row[IN_DTYPE]) if is_rounded else max_kl
+    row["bars"] = {"kl_mean": {"max": max_kl}, "num_not_finite": {"max": 0}}
+    if subject.min_agreement is not None:
+        row["bars"]["top1_agreement"] = {"min": subject.min_agreement if chunk == LONG_CHUNK else SHORT_AGREEMENT}
+    return row
 
 
 # ---- greedy texts ----

@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from powertrain.measure import record
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
@@ -74,6 +72,8 @@ def _children(pid: int) -> list[int]:
 
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, timeout_s: float) -> None:
+    import httpx  # here, for the scripts that start no server and run where it is not installed
+
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if process.poll() is not None:

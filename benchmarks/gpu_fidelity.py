@@ -31,7 +31,7 @@ from powertrain.checkpoint.tokenizer_files import load_tokenizer
 from powertrain.compress.quantize import rtn
 from powertrain.config import EngineConfig, KVCacheDType, physical_cores, resolve
 from powertrain.engine.core import Engine
-from powertrain.kernels.op import reference_only
+from powertrain.kernels.op import choosing
 from powertrain.kernels.quantized import quantize_to_float8
 from powertrain.measure import record
 from powertrain.measure.scoring import targets
@@ -310,7 +310,7 @@ def _compare(
     num_not_finite = 0
     for window in windows:
         token_ids = torch.tensor(window.token_ids[:-1])
-        with reference_only():  # on a CPU some products with few rows would run torch's 16-bit kernels
+        with choosing("reference"):  # on a CPU some products with few rows would run torch's 16-bit kernels
             expected = reference.score(token_ids).to(tested.device)
         got = tested.score(token_ids, chunk=chunk)
         num_not_finite += int((~torch.isfinite(got)).any(-1).sum())

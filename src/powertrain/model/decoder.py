@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import numpy as np
@@ -116,10 +116,10 @@ class Decoder:
 
     def _providers(self) -> AbstractContextManager[None]:
         """On a GPU, what `kernels` and `is_deterministic` say of the ops' providers."""
-        mode: Mode = "fast"
-        if self.device.type == "cuda":
-            mode = "reference" if self.kernels == "reference" else "invariant" if self.is_deterministic else "fast"
-        return choosing(mode)
+        if self.device.type != "cuda":
+            return nullcontext()
+        mode: Mode = "invariant" if self.is_deterministic else "fast"
+        return choosing("reference" if self.kernels == "reference" else mode)
 
     def with_kv_cache_dtype(self, dtype: KVCacheDType) -> Decoder:
         """The same decoder with caches of another type; `auto` leaves it as it is. Raises `PowertrainError`."""

@@ -32,7 +32,7 @@ from powertrain.compress.quantize import rtn
 from powertrain.config import EngineConfig, KVCacheDType, physical_cores, resolve
 from powertrain.engine.core import Engine
 from powertrain.kernels.op import choosing
-from powertrain.kernels.quantized import quantize_to_float8
+from powertrain.kernels.rounding import quantize_to_float8
 from powertrain.measure import record
 from powertrain.measure.scoring import targets
 from powertrain.measure.statistics import TokenScores, compare_logits, summarize
@@ -272,7 +272,7 @@ def _format(weight: QuantizedWeight, device: torch.device, rounds_input: bool) -
 def _rounds_input(subject: Subject, device: torch.device, chunk: int) -> bool:
     """Whether W8A8 rounds its input in passes of `chunk` tokens: for few, a GPU leaves it as it is."""
     if subject.rounds_input and device.type == "cuda":
-        from powertrain.kernels.gpu.quantized import MAX_UNROUNDED_ROWS
+        from powertrain.kernels.quantized import MAX_UNROUNDED_ROWS
 
         return chunk > MAX_UNROUNDED_ROWS
     return subject.rounds_input

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from powertrain.kernels.fused import silu_mul
-from powertrain.kernels.gpu import conversions, quantized
-from powertrain.kernels.quantized import (
-    Int4Blocks,
-    dequantize_float8,
-    dequantize_int4_blocks,
+from powertrain.kernels.gpu import conversions, fused, quantized
+from powertrain.kernels.quantized import Int4Blocks, dequantize_float8, dequantize_int4_blocks
+from powertrain.kernels.rounding import (
+    add_rms_norm_rounded,
     quantize_to_float8,
     quantize_to_int8,
+    silu_mul_rounded,
 )
 from powertrain.model.gpu_weights import Int4Blocked
 from powertrain.model.weights import IntWeight
@@ -136,11 +136,34 @@ def test_rows_are_rounded_to_the_references_grids(dtype):
         values, scale = conversions.quantize_rows(x, own)
         expected, expected_scale = reference(x)
         torch.testing.assert_close(scale, expected_scale[:, 0], rtol=1e-6, atol=0)
-        wrong = values.float() != expected.float()
-        if own == torch.float8_e4m3fn and not HAS_GPU:
-            # the interpreter loses the carry where the mantissa rounds up to the next power of two
-            wrong &= expected.float().abs().frexp().mantissa != 0.5
-        assert wrong.float().mean() < 0.01  # a quotient on the border of two steps may fall to either side
+        assert share_of_wrong(values, expected) < 0.01
+
+
+@each_dtype
+@pytest.mark.parametrize("to", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_norms_and_gates_round_as_the_reference_does(to, dtype):
+    x, weight = normal(3, 200, dtype=dtype), normal(200, dtype=dtype, seed=2)
+    for delta in (normal(3, 200, dtype=dtype, seed=1), normal(2, 3, 200, seed=1)):
+        own, expected = x.clone(), x.clone()
+        values, scale = fused.add_rms_norm_rounded(own, delta, weight, 1e-5, to)
+        expected_values, expected_scale = add_rms_norm_rounded.reference(expected, delta, weight, 1e-5, to)
+        assert difference(own, expected) < TOLERANCE[dtype]
+        torch.testing.assert_close(scale, expected_scale, rtol=TOLERANCE[dtype], atol=0)
+        assert share_of_wrong(values, expected_values) < 0.05
+    gate_up = normal(3, 400, dtype=dtype)
+    values, scale = fused.silu_mul_rounded(gate_up, to)
+    expected_values, expected_scale = silu_mul_rounded.reference(gate_up, to)
+    torch.testing.assert_close(scale, expected_scale, rtol=TOLERANCE[dtype], atol=0)
+    assert share_of_wrong(values, expected_values) < 0.05
+
+
+def share_of_wrong(values, expected):
+    """Where rounding began a step apart, a quotient on the border of two steps falls to the other side."""
+    wrong = values.float() != expected.float()
+    if values.dtype == torch.float8_e4m3fn and not HAS_GPU:
+        # the interpreter loses the carry where the mantissa rounds up to the next power of two
+        wrong &= expected.float().abs().frexp().mantissa != 0.5
+    return float(wrong.float().mean())
 
 
 def test_integers_take_both_scales():

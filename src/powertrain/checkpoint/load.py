@@ -19,7 +19,7 @@ from powertrain.checkpoint.quantized import load_quantized, running_formats
 from powertrain.checkpoint.source import Checkpoint
 from powertrain.config import NATIVE_BLOCK_SIZE, EngineConfig
 from powertrain.kernels import gpu_provider, native
-from powertrain.kernels.quantized import quantize_to_float8
+from powertrain.kernels.rounding import quantize_to_float8
 from powertrain.model.decoder import Decoder
 from powertrain.model.families import ModelConfig, model_config
 from powertrain.model.float8 import Float8, Float8Weight

@@ -14,7 +14,7 @@ import torch
 
 from powertrain.kernels.op import Mode, Provider
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def triton_provider(
@@ -22,17 +22,18 @@ def triton_provider(
     function: str,
     refuses: Callable[..., str | None] | None = None,
     modes: tuple[Mode, ...] = ("fast",),
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
 ) -> Provider[Any, Any]:
     """`powertrain.kernels.gpu.<module>.<function>`, which takes the op's own arguments, a tensor first.
 
-    `refuses` gives the reason why it does not take some that are on a CUDA device.
+    `refuses` gives the reason why it does not take some that are on a CUDA device and of `dtypes`.
     """
 
     def run(*args: Any) -> Any:
         return getattr(import_module(f"powertrain.kernels.gpu.{module}"), function)(*args)
 
     def accepts(*args: Any) -> str | None:
-        return _refuse(*args) or (refuses(*args) if refuses is not None else None)
+        return _refuse(args[0], dtypes) or (refuses(*args) if refuses is not None else None)
 
     return Provider("triton", run, accepts, unsupported, modes)
 
@@ -51,10 +52,10 @@ def unsupported() -> str | None:
     return None if find_spec("triton") is not None else "triton is not installed"
 
 
-def _refuse(x: torch.Tensor, *rest: Any) -> str | None:
+def _refuse(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
     if x.device.type != "cuda":
         return "the tensors are not on a CUDA device"
-    return None if x.dtype in _DTYPES else f"no kernel for {x.dtype}"
+    return None if x.dtype in dtypes else f"no kernel for {x.dtype}"
 
 
 def refuse_gaps(*args: Any) -> str | None:

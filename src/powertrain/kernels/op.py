@@ -50,6 +50,11 @@ _mode: ContextVar[Mode] = ContextVar("mode", default="fast")
 _recorder: ContextVar[Choices | None] = ContextVar("recorder", default=None)
 
 
+def current_mode() -> Mode:
+    """What `choosing` has set, for this thread."""
+    return _mode.get()
+
+
 @contextmanager
 def choosing(mode: Mode) -> Iterator[None]:
     """Every op called inside, by this thread, takes the fastest provider, one that is batch-invariant, or none."""

@@ -9,14 +9,14 @@ import torch
 from powertrain.kernels.fused import silu_mul
 from powertrain.kernels.gpu_provider import invariant_provider, refuse_gaps, triton_provider
 from powertrain.kernels.op import Op, Provider
+from powertrain.kernels.rounding import quantize_to_float8, quantize_to_int8
 
 FLOAT8_BLOCK = 128
 """Outputs and inputs that share a scale in a matrix of blocks, and inputs of one row in its activations."""
 
-LARGEST_FLOAT8 = torch.finfo(torch.float8_e4m3fn).max
-
-INT8_STEPS = 127.5
-"""compressed-tensors' dynamic symmetric grid of 8 bits: scale = absmax / 127.5, integers clamped to [-128, 127]."""
+MAX_UNROUNDED_ROWS = 64
+"""W8A8 rounds its input above as many rows; below, the weights' bytes bound the product and the input stays as it is.
+"""
 
 
 def dequantize_float8(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -26,30 +26,6 @@ def dequantize_float8(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor
     rows, columns = values.shape
     spread = scale.float().repeat_interleave(FLOAT8_BLOCK, 0)[:rows].repeat_interleave(FLOAT8_BLOCK, 1)[:, :columns]
     return values.float() * spread
-
-
-def quantize_to_float8(x: torch.Tensor, group_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [rows, n] as float8_e4m3fn [rows, n] and float32 scales [rows, groups]: absmax / 448 of each group of a row.
-
-    `group_size` None takes a row as one group; a last group may be short. A group of zeros has scale 1.
-    """
-    rows, size = x.shape
-    group = group_size or size
-    padded = torch.nn.functional.pad(x.float(), (0, -size % group)).view(rows, -1, group)
-    scale = padded.abs().amax(-1, keepdim=True) / LARGEST_FLOAT8
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    values = (padded / scale).clamp_(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(torch.float8_e4m3fn)
-    return values.view(rows, -1)[:, :size].contiguous(), scale.squeeze(-1)
-
-
-def quantize_to_int8(x: torch.Tensor, group_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [rows, n] as int8 [rows, n] and float32 scales [rows, groups], on the grid of `INT8_STEPS`."""
-    rows, size = x.shape
-    groups = x.float().view(rows, -1, group_size or size)
-    scale = groups.abs().amax(dim=-1, keepdim=True) / INT8_STEPS
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    values = torch.round(groups / scale).clamp_(-128, 127).to(torch.int8)
-    return values.view(rows, size), scale.squeeze(-1)
 
 
 def _int8_rounded_linear(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -119,6 +95,19 @@ def _providers(function: str) -> tuple[Provider[Any, Any], ...]:
     return triton_provider("quantized", function, refuse_gaps), invariant_provider(function, refuse_gaps)
 
 
+def _rounded_linear(
+    x: torch.Tensor, x_scale: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """A product of rounded rows x [rows, in] (`Rounded`) with values [out, in] of the same type, scale [out]."""
+    weight = values.float() * scale.float().unsqueeze(1)
+    return ((x.float() * x_scale.unsqueeze(1)) @ weight.t()).to(dtype)
+
+
+rounded_linear = Op(
+    "rounded_linear",
+    _rounded_linear,
+    (triton_provider("quantized", "rounded_linear", refuse_gaps, dtypes=(torch.int8, torch.float8_e4m3fn)),),
+)
 float8_linear = Op("float8_linear", _float8_linear, _providers("float8_linear"))
 int8_rounded_linear = Op("int8_rounded_linear", _int8_rounded_linear, _providers("int8_rounded_linear"))
 int4_blocks_linear = Op("int4_blocks_linear", _int4_blocks_linear, _providers("int4_linear"))

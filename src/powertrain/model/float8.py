@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from powertrain.kernels.quantized import FLOAT8_BLOCK, dequantize_float8, float8_linear
+from powertrain.kernels.quantized import FLOAT8_BLOCK, dequantize_float8, float8_linear, rounded_linear
+from powertrain.kernels.rounding import Rounded
 
 
 class Float8Weight(NamedTuple):
@@ -51,6 +52,15 @@ class Float8:
         if self._scale.ndim == 2 and self.out_features // 2 % FLOAT8_BLOCK:
             return None
         return float8_linear(x, self._values, self._scale, self._rounds_input, True)
+
+    def rounded_dtype(self) -> torch.dtype | None:
+        """float8_e4m3fn for W8A8 per channel on a GPU."""
+        wants = self._rounds_input and self._scale.ndim == 1 and self._values.device.type != "cpu"
+        return torch.float8_e4m3fn if wants else None
+
+    def matmul_rounded(self, x: Rounded) -> torch.Tensor:
+        """x [rows, in], rounded already, times the transposed matrix."""
+        return rounded_linear(x.values, x.scale, self._values, self._scale, x.dtype)
 
     def unpack(self) -> torch.Tensor:
         return dequantize_float8(self._values, self._scale)

@@ -9,8 +9,11 @@ import torch
 
 from powertrain.kernels.attention import AttentionStep, LayerCache, paged_attention, rotate_and_write
 from powertrain.kernels.fused import add_rms_norm, rms_norm, silu_mul
+from powertrain.kernels.op import current_mode
+from powertrain.kernels.quantized import MAX_UNROUNDED_ROWS
+from powertrain.kernels.rounding import Rounded, add_rms_norm_rounded, silu_mul_rounded
 from powertrain.model.families import ModelConfig
-from powertrain.model.weights import GatedFormat, PiecewiseFormat, WeightFormat
+from powertrain.model.weights import GatedFormat, PiecewiseFormat, RoundedFormat, WeightFormat
 
 
 class Linear:
@@ -20,8 +23,8 @@ class Linear:
         self.formats = formats
         self.bias = bias
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        parts = [weight.matmul(x) for weight in self.formats]
+    def __call__(self, x: torch.Tensor | Rounded) -> torch.Tensor:
+        parts = [_product(weight, x) for weight in self.formats]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return out if self.bias is None else out + self.bias
 
@@ -31,10 +34,18 @@ class Linear:
             return self.formats[0].matmul_in_pieces(x)
         return self(x)
 
-    def gated(self, x: torch.Tensor) -> torch.Tensor:
+    def rounds(self, num_rows: int) -> torch.dtype | None:
+        """The 8-bit type that the product of so many rows wants its input in; None for floats."""
+        if num_rows <= MAX_UNROUNDED_ROWS or current_mode() != "fast":
+            return None
+        wanted = {fmt.rounded_dtype() if isinstance(fmt, RoundedFormat) else None for fmt in self.formats}
+        return wanted.pop() if len(wanted) == 1 else None
+
+    def gated(self, x: torch.Tensor | Rounded) -> torch.Tensor:
         """silu of the first half of the outputs times the second half, [tokens, out / 2]."""
         fused = None
-        if self.bias is None and len(self.formats) == 1 and isinstance(self.formats[0], GatedFormat):
+        is_one = self.bias is None and len(self.formats) == 1
+        if is_one and isinstance(self.formats[0], GatedFormat) and not isinstance(x, Rounded):
             fused = self.formats[0].gated_matmul(x)
         return silu_mul(self(x)) if fused is None else fused
 
@@ -45,6 +56,13 @@ class Linear:
         return sum(weight.nbytes() for weight in self.formats)
 
 
+def _product(weight: WeightFormat, x: torch.Tensor | Rounded) -> torch.Tensor:
+    if not isinstance(x, Rounded):
+        return weight.matmul(x)
+    assert isinstance(weight, RoundedFormat)
+    return weight.matmul_rounded(x)
+
+
 @dataclass(frozen=True, slots=True)
 class RMSNorm:
     weight: torch.Tensor
@@ -53,9 +71,14 @@ class RMSNorm:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
 
-    def after(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """The norm of x + delta, which x becomes; delta [tokens, d], or the pieces of a product [pieces, tokens, d]."""
-        return add_rms_norm(x, delta, self.weight, self.eps)
+    def after(self, x: torch.Tensor, delta: torch.Tensor, to: torch.dtype | None = None) -> torch.Tensor | Rounded:
+        """The norm of x + delta, which x becomes; delta [tokens, d], or the pieces of a product [pieces, tokens, d].
+
+        Rounded `to` 8 bits where the product that comes next wants that.
+        """
+        if to is None:
+            return add_rms_norm(x, delta, self.weight, self.eps)
+        return Rounded(*add_rms_norm_rounded(x, delta, self.weight, self.eps, to), x.dtype)
 
 
 class Rope:
@@ -115,7 +138,7 @@ class Attention:
 
     def __call__(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | Rounded,
         rope: tuple[torch.Tensor, torch.Tensor],
         cache: LayerCache,
         step: AttentionStep,
@@ -126,7 +149,7 @@ class Attention:
             norms, eps = (self.query_norm.weight, self.key_norm.weight), self.query_norm.eps
         query = rotate_and_write(qkv, rope, norms, eps, cache, step)
         out = paged_attention(query, cache, step, self.window)
-        return self.output.in_pieces(out.reshape(x.shape[0], -1))
+        return self.output.in_pieces(out.flatten(1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +159,12 @@ class GatedMLP:
     gate_up: Linear
     down: Linear
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down.in_pieces(self.gate_up.gated(x))
+    def __call__(self, x: torch.Tensor | Rounded) -> torch.Tensor:
+        to = self.down.rounds(x.values.shape[0] if isinstance(x, Rounded) else x.shape[0])
+        if to is None:
+            return self.down.in_pieces(self.gate_up.gated(x))
+        gate_up = self.gate_up(x)
+        return self.down(Rounded(*silu_mul_rounded(gate_up, to), gate_up.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +185,13 @@ class Block:
         step: AttentionStep,
     ) -> torch.Tensor:
         """x [tokens, hidden] becomes x + delta + this layer's attention; returns what its MLP adds, maybe in pieces."""
-        normed = self.attention_norm(x) if delta is None else self.attention_norm.after(x, delta)
+        num_rows = x.shape[0]
+        if delta is None:
+            normed: torch.Tensor | Rounded = self.attention_norm(x)
+        else:
+            normed = self.attention_norm.after(x, delta, self.attention.qkv.rounds(num_rows))
         attended = self.attention(normed, rope, cache, step)
-        return self.mlp(self.mlp_norm.after(x, attended))
+        return self.mlp(self.mlp_norm.after(x, attended, self.mlp.gate_up.rounds(num_rows)))
 
     def linears(self) -> list[Linear]:
         return [self.attention.qkv, self.attention.output, self.mlp.gate_up, self.mlp.down]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from powertrain.kernels.quantized import quantize_to_int8
+from powertrain.kernels.rounding import Rounded, quantize_to_int8
 from powertrain.model.weights import Int8Channel, WeightFormat
 
 
@@ -28,10 +28,22 @@ class QuantizedInput:
         self.name, self.out_features = f"{weight.name} a8", weight.out_features
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
-        rounded = None
-        if self._group_size is None and isinstance(self.weight, Int8Channel):
-            rounded = self.weight.rounded_matmul(x)
-        return self.weight.matmul(round_to_int8(x, self._group_size)) if rounded is None else rounded
+        if self.rounded_dtype() is not None:
+            assert isinstance(self.weight, Int8Channel)
+            return self.weight.rounding_matmul(x)
+        return self.weight.matmul(round_to_int8(x, self._group_size))
+
+    def rounded_dtype(self) -> torch.dtype | None:
+        """int8 where the integers are multiplied as such."""
+        is_int8 = (
+            self._group_size is None and isinstance(self.weight, Int8Channel) and self.weight.multiplies_integers()
+        )
+        return torch.int8 if is_int8 else None
+
+    def matmul_rounded(self, x: Rounded) -> torch.Tensor:
+        """x [rows, in], rounded already, times the transposed matrix."""
+        assert isinstance(self.weight, Int8Channel)
+        return self.weight.matmul_rounded(x)
 
     def unpack(self) -> torch.Tensor:
         return self.weight.unpack()

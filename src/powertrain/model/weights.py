@@ -17,7 +17,8 @@ from powertrain.kernels.matmul import (
     int4_linear,
     int8_linear,
 )
-from powertrain.kernels.quantized import int8_rounded_linear
+from powertrain.kernels.quantized import int8_rounded_linear, rounded_linear
+from powertrain.kernels.rounding import Rounded
 from powertrain.model.gpu_weights import Int4Blocked
 from powertrain.types import ModelFileError
 
@@ -86,6 +87,19 @@ class PiecewiseFormat(Protocol):
 
     def matmul_in_pieces(self, x: torch.Tensor) -> torch.Tensor:
         """As `matmul`, or float32 [pieces, rows, out] whose sum that is."""
+        ...
+
+
+@runtime_checkable
+class RoundedFormat(Protocol):
+    """A format that may multiply activations rounded to 8 bits."""
+
+    def rounded_dtype(self) -> torch.dtype | None:
+        """The type it wants them in, where many rows are multiplied on its device; None for floats."""
+        ...
+
+    def matmul_rounded(self, x: Rounded) -> torch.Tensor:
+        """x [rows, in] of `rounded_dtype` times the transposed matrix, in the type x stands for."""
         ...
 
 
@@ -168,11 +182,17 @@ class Int8Channel:
             return product
         return product + x.sum(-1, keepdim=True) * self._offset.to(x.dtype)
 
-    def rounded_matmul(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The product of x with each row rounded to 8 bits, where integers are multiplied as such; else None."""
-        if self._offset is not None or x.device.type == "cpu":
-            return None
+    def multiplies_integers(self) -> bool:
+        """Whether `rounding_matmul` and `matmul_rounded` are there: on a GPU, without zero points."""
+        return self._offset is None and self._values.device.type != "cpu"
+
+    def rounding_matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """The product of x with each row rounded to 8 bits."""
         return int8_rounded_linear(x, self._values, self._scale)
+
+    def matmul_rounded(self, x: Rounded) -> torch.Tensor:
+        """The product of rows that are integers already."""
+        return rounded_linear(x.values, x.scale, self._values, self._scale, x.dtype)
 
     def unpack(self) -> torch.Tensor:
         weight = self._values.float() * self._scale.unsqueeze(1)

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from powertrain.kernels.gpu.launch import launch_options, wait_turn
-from powertrain.kernels.quantized import FLOAT8_BLOCK, INT8_STEPS, LARGEST_FLOAT8, Int4Blocks
+from powertrain.kernels.quantized import FLOAT8_BLOCK, Int4Blocks
+from powertrain.kernels.rounding import INT8_STEPS, LARGEST_FLOAT8
 
 # 8 nibbles in a register to 8 bfloat16 or float16 in four, as 128 + n or 1024 + n
 _NIBBLES_TO_FLOATS = """{
@@ -89,6 +90,23 @@ def round_to_integer(value):
 
 
 @triton.jit
+def round_row(value, LIMIT: tl.constexpr, IS_INTEGER: tl.constexpr):
+    """A row of float32 on its own grid of 8 bits, as float32, and the grid's scale."""
+    own = tl.max(tl.abs(value), 0) / LIMIT
+    own = tl.where(own == 0.0, 1.0, own)
+    value = value / own
+    if IS_INTEGER:
+        return tl.clamp(round_to_integer(value), -128.0, 127.0), own
+    else:
+        return tl.clamp(value, -LIMIT, LIMIT), own
+
+
+def limit_of(dtype: torch.dtype) -> float:
+    """What a row's largest value is divided by for its scale."""
+    return INT8_STEPS if dtype == torch.int8 else LARGEST_FLOAT8
+
+
+@triton.jit
 def _quantize_rows_kernel(
     x, values, scale, width, x_stride, LIMIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
@@ -97,13 +115,7 @@ def _quantize_rows_kernel(
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     value = tl.load(x + row * x_stride + columns, inside, other=0.0).to(tl.float32)
-    own = tl.max(tl.abs(value), 0) / LIMIT
-    own = tl.where(own == 0.0, 1.0, own)
-    value = value / own
-    if values.dtype.element_ty == tl.int8:
-        value = tl.clamp(round_to_integer(value), -128.0, 127.0)
-    else:
-        value = tl.clamp(value, -LIMIT, LIMIT)
+    value, own = round_row(value, LIMIT, values.dtype.element_ty == tl.int8)
     tl.store(values + row * width + columns, value.to(values.dtype.element_ty), inside)
     tl.store(scale + row, own)
 
@@ -111,7 +123,7 @@ def _quantize_rows_kernel(
 def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """x [rows, n] as int8 or float8_e4m3fn [rows, n] and float32 scales [rows].
 
-    The grids of `kernels.quantized.quantize_to_float8` and `quantize_to_int8` with one group a row.
+    The grids of `kernels.rounding.quantize_to_float8` and `quantize_to_int8` with one group a row.
     """
     rows, width = x.shape
     values = torch.empty(rows, width, dtype=dtype, device=x.device)
@@ -123,7 +135,7 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
         scale,
         width,
         x.stride(0),
-        LIMIT=INT8_STEPS if dtype == torch.int8 else LARGEST_FLOAT8,
+        LIMIT=limit_of(dtype),
         BLOCK=block,
         num_warps=min(16, max(1, block // 512)),
         **launch_options(x),

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from powertrain.kernels.attention import AttentionStep, LayerCache, ScaledCache, entries, largest_entry
-from powertrain.kernels.gpu.conversions import round_to_integer
+from powertrain.kernels.gpu.conversions import limit_of, round_row, round_to_integer
 from powertrain.kernels.gpu.launch import launch_options, wait_turn
 
 
@@ -20,7 +20,9 @@ def _add_rms_norm_kernel(
     num_columns,
     piece_stride,
     eps,
+    rounded_scale,
     DELTAS: tl.constexpr,
+    LIMIT: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -40,22 +42,38 @@ def _add_rms_norm_kernel(
     # rounded before the weight comes in, as the reference does
     normed = (wide * inverse).to(value.dtype).to(tl.float32)
     scaled = normed * tl.load(weight + columns, inside, other=0.0).to(tl.float32)
-    tl.store(out + row + columns, scaled.to(value.dtype), inside)
+    if LIMIT > 0.0:
+        rounded, own = round_row(scaled.to(value.dtype).to(tl.float32), LIMIT, out.dtype.element_ty == tl.int8)
+        tl.store(rounded_scale + tl.program_id(0), own)
+        tl.store(out + row + columns, rounded.to(out.dtype.element_ty), inside)
+    else:
+        tl.store(out + row + columns, scaled.to(value.dtype), inside)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`kernels.fused.rms_norm` of contiguous rows."""
-    return _norm(x, None, weight, eps)
+    return _norm(x, None, weight, eps)[0]
 
 
 def add_rms_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`kernels.fused.add_rms_norm` of contiguous rows, or of a product's pieces, which are summed in their order."""
-    return _norm(x, delta, weight, eps)
+    return _norm(x, delta, weight, eps)[0]
 
 
-def _norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    out = torch.empty_like(x)
+def add_rms_norm_rounded(
+    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, to: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`kernels.rounding.add_rms_norm_rounded` of contiguous rows."""
+    return _norm(x, delta, weight, eps, to)
+
+
+def _norm(
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, to: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm in x's dtype, or rounded `to` 8 bits with its scales, which else mean nothing."""
     width = x.shape[-1]
+    out = torch.empty(x.shape, dtype=to or x.dtype, device=x.device)
+    scale = weight if to is None else torch.empty(x.numel() // width, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)
     grid = (x.numel() // width,)
     _add_rms_norm_kernel[grid](
@@ -66,12 +84,14 @@ def _norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps
         width,
         x.numel(),
         eps,
+        scale,
         DELTAS=0 if delta is None else delta.shape[0] if delta.ndim > x.ndim else 1,
+        LIMIT=0.0 if to is None else limit_of(to),
         BLOCK=block,
         num_warps=_num_warps(block),
         **launch_options(x),
     )
-    return out
+    return out, scale
 
 
 def _num_warps(block: int) -> int:
@@ -100,6 +120,42 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         gate_up, out, width, BLOCK=block, num_warps=4, **launch_options(gate_up)
     )
     return out
+
+
+@triton.jit
+def _silu_mul_rounded_kernel(gate_up, out, scale, width, LIMIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_turn(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    gate = tl.load(gate_up + row * 2 * width + columns, inside, other=0.0)
+    up = tl.load(gate_up + row * 2 * width + width + columns, inside, other=0.0)
+    wide = gate.to(tl.float32)
+    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
+    value, own = round_row(
+        (silu * up.to(tl.float32)).to(gate.dtype).to(tl.float32), LIMIT, out.dtype.element_ty == tl.int8
+    )
+    tl.store(scale + row, own)
+    tl.store(out + row * width + columns, value.to(out.dtype.element_ty), inside)
+
+
+def silu_mul_rounded(gate_up: torch.Tensor, to: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """`kernels.rounding.silu_mul_rounded` of contiguous rows."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(rows, width, dtype=to, device=gate_up.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=gate_up.device)
+    block = triton.next_power_of_2(width)
+    _silu_mul_rounded_kernel[(rows,)](
+        gate_up,
+        out,
+        scale,
+        width,
+        LIMIT=limit_of(to),
+        BLOCK=block,
+        num_warps=_num_warps(block),
+        **launch_options(gate_up),
+    )
+    return out, scale
 
 
 @triton.jit

@@ -24,17 +24,13 @@ from powertrain.kernels.gpu.conversions import (
 from powertrain.kernels.gpu.launch import launch_options, prefetch, wait_turn
 from powertrain.kernels.gpu.splits import sum_splits
 from powertrain.kernels.gpu.tuned_table import measured
-from powertrain.kernels.quantized import FLOAT8_BLOCK, Int4Blocks
+from powertrain.kernels.quantized import FLOAT8_BLOCK, MAX_UNROUNDED_ROWS, Int4Blocks
 
 MAX_ROWS = 256
 """More rows are bound by arithmetic: then the weights are made floats once and the library multiplies."""
 
 MAX_GATED_ROWS = 64
 """The sums of gate and up for more rows do not fit in a program's registers together."""
-
-MAX_UNROUNDED_ROWS = 64
-"""W8A8 rounds its input above as many rows; below, the weights' bytes bound the product and the input stays as it is.
-"""
 
 
 class QuantizedConfig(NamedTuple):
@@ -279,9 +275,7 @@ def float8_linear(
     if x.shape[0] <= MAX_UNROUNDED_ROWS or not rounds_input or scale.ndim == 2:
         return byte_linear(x, values, scale, is_gated, keeps_pieces)
     narrow, own = quantize_rows(x, torch.float8_e4m3fn)
-    product = torch._scaled_mm(
-        narrow, values.t(), scale_a=own.unsqueeze(1), scale_b=scale.unsqueeze(0), out_dtype=torch.bfloat16
-    ).to(x.dtype)
+    product = rounded_linear(narrow, own, values, scale, x.dtype)
     return silu_mul(product) if is_gated else product
 
 
@@ -295,7 +289,19 @@ def int8_rounded_linear(x: torch.Tensor, values: torch.Tensor, scale: torch.Tens
     if x.shape[0] <= MAX_UNROUNDED_ROWS:
         return byte_linear(x, values, scale, is_gated=False)
     narrow, own = quantize_rows(x, torch.int8)
-    return scale_integers(torch._int_mm(narrow, values.t()), own, scale, x.dtype)
+    return rounded_linear(narrow, own, values, scale, x.dtype)
+
+
+def rounded_linear(
+    x: torch.Tensor, x_scale: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """`kernels.quantized.rounded_linear`, by the library."""
+    if x.dtype == torch.int8:
+        return scale_integers(torch._int_mm(x, values.t()), x_scale, scale, dtype)
+    product = torch._scaled_mm(
+        x, values.t(), scale_a=x_scale.unsqueeze(1), scale_b=scale.unsqueeze(0), out_dtype=torch.bfloat16
+    )
+    return product.to(dtype)
 
 
 def byte_linear(

@@ -72,9 +72,9 @@ def test_the_tool_measures_every_product_and_keeps_what_it_does_not(
     tune: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a CPU under Triton's interpreter, with few candidates."""
-    monkeypatch.setitem(MODEL_SHAPES, "tiny", ModelShape(128, 256, 2, 1, 64, 160))
+    monkeypatch.setitem(MODEL_SHAPES, "tiny", ModelShape(128, 128, 2, 1, 64, 96))
     few = tune.candidates
-    monkeypatch.setattr(tune, "candidates", lambda problem: list(few(problem))[:2])
+    monkeypatch.setattr(tune, "candidates", lambda problem: [*few(problem)][:1])
     monkeypatch.setattr(tuned_table, "FOLDER", tmp_path)
     kept = {"out": 7, "in": 8, "rows": 16, "gated": False, "outputs": 64, "splits": 1, "swaps": False}
     kept |= {"num_warps": 2, "num_stages": 5}
@@ -86,6 +86,6 @@ def test_the_tool_measures_every_product_and_keeps_what_it_does_not(
     table = tuned_table.read(tmp_path / "cpu.json")
     assert table["int4 bfloat16"][7, 8, 16, False] == kept
     assert set(table) == {f"{product} bfloat16" for product in tune.PRODUCTS}
-    assert (256, 128, 16, True) in table["fp8 bfloat16"]
-    assert (512, 128, 128, False) in table["int8 bfloat16"]
+    assert (128, 128, 16, True) in table["fp8 bfloat16"]
+    assert (256, 128, 128, False) in table["int8 bfloat16"]
     assert "library" in capsys.readouterr().out

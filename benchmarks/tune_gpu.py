@@ -2,8 +2,8 @@
 
 Every candidate is compiled first, by many processes at once: what compiling leaves behind is found again by the one
 that measures. A time is that of a call within a CUDA graph which cycles over more weights than the cache holds, the
-median of its replays; the library's product is measured beside dense ones, and a dense tile is kept only where it is
-faster. Entries of other shapes and products stay in the file.
+median of its replays. A dense "tile" is kept only where it is faster than what runs without it: the product of few rows
+with its settings in the table, or the library. Entries of other shapes and products stay in the file.
 
     python benchmarks/tune_gpu.py --shape llama-3.1-8b --products int4,fp8
 """
@@ -64,7 +64,7 @@ def problems(shape: str, products: list[str], rows: list[int]) -> list[Problem]:
     made = []
     for product, count in itertools.product(products, rows):
         is_dense = product in ("dense_linear", "tile")
-        if (product == "tile") != (count > quantized.MAX_GATED_ROWS) and is_dense:
+        if product == "dense_linear" and count > quantized.MAX_GATED_ROWS:
             continue
         gates = count <= quantized.MAX_GATED_ROWS
         made += [Problem(product, out, inner, count, False) for out, inner in plain]
@@ -94,18 +94,20 @@ def candidates(problem: Problem) -> Iterator[Config]:
 
 
 def caller(problem: Problem, config: Config | None, device: torch.device, copies: int) -> Call:
-    """Multiplies by one of `copies` matrices; with the library where there is no config."""
+    """Multiplies by one of `copies` matrices; without a config as a dense product runs without a tile."""
     generator = torch.Generator(device).manual_seed(0)
     out, inner = problem.matrix_rows, problem.in_features
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     x = torch.randn(problem.rows, inner, device=device, generator=generator).to(dtype)
     if problem.product in ("dense_linear", "tile"):
         weights = [torch.randn(out, inner, device=device, generator=generator).to(dtype) for _ in range(copies)]
-        if config is None:
+        if config is None and problem.rows > matmul.MAX_SKINNY_ROWS:
             return lambda at: torch.nn.functional.linear(x, weights[at])
+        if config is None:
+            config = matmul.config_for(x, problem.out_features, gated=problem.is_gated)
         if isinstance(config, SkinnyConfig):
             return lambda at: matmul.skinny_linear(x, weights[at], config, gated=problem.is_gated)
-        return lambda at: quantized.matrix_product(x, weights[at], None, config)
+        return lambda at: quantized.matrix_product(x, weights[at], None, config, problem.is_gated)
     assert isinstance(config, QuantizedConfig)
     if problem.product == "int4":
         shape = (inner // 128, out, 64)
@@ -169,7 +171,7 @@ def seconds(call: Call, copies: int, device: torch.device) -> float:
 
 
 def best(problem: Problem, device: torch.device) -> tuple[dict[str, Any] | None, str]:
-    """The fastest settings as an entry of the table, None where the library is faster; and a line to print."""
+    """The fastest settings as an entry of the table, None where none is needed; and a line to print."""
     copies = 1 if device.type != "cuda" else int(max(2, min(64, CACHE_BYTES // problem.weight_bytes() + 1)))
     found: list[tuple[float, Config | None]] = []
     tried: list[Config | None] = [*candidates(problem)]
@@ -183,8 +185,8 @@ def best(problem: Problem, device: torch.device) -> tuple[dict[str, Any] | None,
                 print(f"failed: {problem} {config}: {error}", flush=True)
     time_s, config = min(found, key=lambda one: one[0])
     rate = problem.weight_bytes() / time_s / 1e12
-    library = next((one for one, config in found if config is None), None)
-    beside = "" if library is None else f", library {1e6 * library:.1f} us"
+    without = next((one for one, config in found if config is None), None)
+    beside = "" if without is None else f", without {1e6 * without:.1f} us"
     line = f"{' '.join(map(str, problem)):<48} {1e6 * time_s:8.1f} us  {rate:5.2f} TB/s  {config}{beside}"
     if config is None:
         return None, line

@@ -91,10 +91,9 @@ def _skinny_kernel(
 
 def dense_linear(x: torch.Tensor, weight: torch.Tensor, keeps_pieces: bool = False) -> torch.Tensor:
     """`kernels.matmul.dense_linear` for at most `MAX_SKINNY_ROWS` rows, or more where settings were measured."""
-    if x.shape[0] > MAX_SKINNY_ROWS:
-        config = tile_config(x, weight.shape[0])
-        assert config is not None
-        return matrix_product(x, weight, None, config, keeps_pieces=keeps_pieces)
+    tile = tile_config(x, weight.shape[0], is_gated=False)
+    if tile is not None:
+        return matrix_product(x, weight, None, tile, keeps_pieces=keeps_pieces)
     return skinny_linear(x, weight, config_for(x, weight.shape[0], gated=False), keeps_pieces=keeps_pieces)
 
 
@@ -102,6 +101,9 @@ def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`kernels.matmul.gated_linear` for at most `MAX_SKINNY_ROWS` rows, or more where settings were measured."""
     if x.shape[0] > MAX_SKINNY_ROWS:
         return silu_mul(dense_linear(x, weight))
+    tile = tile_config(x, weight.shape[0] // 2, is_gated=True)
+    if tile is not None:
+        return matrix_product(x, weight, None, tile, True)
     return skinny_linear(x, weight, config_for(x, weight.shape[0] // 2, gated=True), gated=True)
 
 

@@ -407,9 +407,9 @@ def config_for(product: str, x: torch.Tensor, out_features: int, turns: int, is_
     return QuantizedConfig(outputs, splits, num_rows > 32, warps, stages)
 
 
-def tile_config(x: torch.Tensor, out_features: int) -> QuantizedConfig | None:
-    """The measured settings of `matrix_product` for a dense matrix; None where the library was found faster."""
-    found = measured("tile bfloat16", x.device, out_features, x.shape[1], x.shape[0], False)
+def tile_config(x: torch.Tensor, out_features: int, *, is_gated: bool) -> QuantizedConfig | None:
+    """The measured settings of `matrix_product` for a dense matrix; None where another product was found faster."""
+    found = measured("tile bfloat16", x.device, out_features, x.shape[1], x.shape[0], is_gated)
     if found is None or x.dtype != torch.bfloat16:
         return None
     return QuantizedConfig(*(found[field] for field in QuantizedConfig._fields))

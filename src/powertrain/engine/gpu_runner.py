@@ -50,7 +50,7 @@ class GpuRunner(Runner):
         width = self._tables.shape[1]
         self._state = DeviceState.empty(max_num_seqs, width, model.config.vocab_size, device)
         # two steps may be under way, and each reads its inputs when its turn comes
-        self._inputs_of = [RowInputs.empty(max_num_seqs, "cpu", pinned=True) for _ in range(3)]
+        self._inputs_of = [RowInputs.empty(max_num_seqs, "cpu", pinned=device.type == "cuda") for _ in range(3)]
         self._turn = 0
         self._graphs: DecodeGraphs | None = None
 
@@ -76,11 +76,15 @@ class GpuRunner(Runner):
             tokens = self._graphs.replay(size, self._fill(chunks, size, with_blocks=True))[: len(chunks)]
         else:
             tokens = self._launch_eager(chunks, sampling)
-        host = torch.empty(len(sampling), dtype=torch.int64, pin_memory=True)
+        return self._fetch([chunk.sequence for chunk in sampling], tokens)
+
+    def _fetch(self, sequences: list[Sequence], tokens: torch.Tensor) -> Launched:
+        """Send the tokens to the host once they are there, without waiting."""
+        host = torch.empty(len(sequences), dtype=torch.int64, pin_memory=True)
         host.copy_(tokens, non_blocking=True)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
-        return Launched([chunk.sequence for chunk in sampling], host, done)
+        return Launched(sequences, host, done)
 
     def execute(self, plan: Plan) -> StepResult:
         """Run one step and wait for it, whatever its rows need."""

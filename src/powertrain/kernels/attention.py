@@ -22,7 +22,8 @@ from powertrain.kernels.op import Op
 class AttentionStep:
     """Where the tokens of one step stand. Sequences come in plan order, those with a single token first.
 
-    query_lens, context_lens: per sequence, tokens in this step and tokens known after it.
+    query_lens, context_lens: per sequence, tokens in this step and tokens known after it; `is_bound` where the latter
+    are the most there may be, and only `context_lens_tensor` knows.
     tables: int64 [sequences, blocks], padded with any valid block; `block_tables` is the same on the device.
     The rest follows from them and is made by the first op that asks.
     """
@@ -32,6 +33,7 @@ class AttentionStep:
     tables: npt.NDArray[np.int64]
     block_size: int
     device: torch.device
+    is_bound: bool = False
 
     @classmethod
     def of_one(cls, start: int, stop: int, block_size: int, device: torch.device) -> AttentionStep:
@@ -58,9 +60,8 @@ class AttentionStep:
         """
         num_seqs, num_blocks = block_tables.shape
         longest = num_blocks * block_size
-        step = cls(
-            [1] * num_seqs, [longest] * num_seqs, np.empty((num_seqs, 0), dtype=np.int64), block_size, positions.device
-        )
+        tables = np.empty((num_seqs, 0), dtype=np.int64)
+        step = cls([1] * num_seqs, [longest] * num_seqs, tables, block_size, positions.device, is_bound=True)
         # given here, what the properties would make from the lists above
         vars(step).update(positions=positions, context_lens_tensor=context_lens, slots=slots, block_tables=block_tables)
         return step
@@ -212,7 +213,7 @@ def _decode_attention(query: torch.Tensor, cache: LayerCache, step: AttentionSte
     keys, values = gathered.transpose(1, 2).chunk(2, dim=1)
     grouped = query.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
     mask = None
-    if num_seqs == 1 and window is None:
+    if num_seqs == 1 and window is None and not step.is_bound:
         keys, values = keys[:, :, :longest], values[:, :, :longest]
     else:
         mask = _decode_mask(step, num_seqs, width, window, query)

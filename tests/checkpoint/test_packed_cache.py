@@ -301,7 +301,7 @@ def test_many_may_open_at_once(model: Path, cache: Path) -> None:
     cache.unlink()
     with ThreadPoolExecutor(6) as threads:
         builds = list(threads.map(open_and_check, [model] * 12))
-    assert builds[0] == 1
+    assert 1 in builds  # the first to ask need not be the first to look
     assert set(builds) <= {0, 1}
     assert open_and_check(model) == 0
     assert not [name for name in files_in(model) if "partial" in name]

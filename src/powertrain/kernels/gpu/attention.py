@@ -6,6 +6,7 @@ import torch
 
 from powertrain.kernels.attention import AttentionStep, LayerCache, entries
 from powertrain.kernels.gpu.decode_attention import decode_attention, split_decodes
+from powertrain.kernels.gpu.launch import num_processors
 from powertrain.kernels.gpu.prefill_attention import make_tiles, prefill_attention, tile_tokens
 from powertrain.kernels.gpu.whole_prompts import attend, whole_prompts
 
@@ -44,11 +45,3 @@ def _prompts(
         tiles = make_tiles(step, tokens, {prompt.sequence for prompt in whole})
         step.shared["tiles", len(whole)] = tiles
     prefill_attention(query, cache, step.block_tables, tiles, window, out)
-
-
-def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; a few under the interpreter."""
-    if device.type != "cuda":
-        return 4
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count

@@ -9,13 +9,11 @@ import triton
 import triton.language as tl
 
 from powertrain.kernels.fused import silu_mul
-from powertrain.kernels.gpu.launch import launch_options, prefetch, wait_turn
+from powertrain.kernels.gpu.launch import bytes_ahead, launch_options, prefetch_rows, wait_turn
 from powertrain.kernels.gpu.quantized import matrix_product, tile_config
 from powertrain.kernels.gpu.splits import sum_splits
 from powertrain.kernels.gpu.tuned_table import measured
 from powertrain.kernels.matmul import MAX_SKINNY_ROWS
-
-LINES_AHEAD = 8  # cache lines of each output's weights that are asked for before the kernel's turn
 
 
 class SkinnyConfig(NamedTuple):
@@ -28,7 +26,7 @@ class SkinnyConfig(NamedTuple):
     num_stages: int
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "ahead"])
 def _skinny_kernel(
     x,
     weight,
@@ -37,13 +35,13 @@ def _skinny_kernel(
     out_features,
     in_features,
     x_stride,
+    ahead,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
     SPLITS: tl.constexpr,
     EVEN: tl.constexpr,
     GATED: tl.constexpr,
-    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -54,13 +52,15 @@ def _skinny_kernel(
     first = tl.program_id(1) * turns * INPUTS
     end = tl.minimum(first + turns * INPUTS, in_features)
     # outputs past the end read the last one again: no mask in the loop
-    own = weight + tl.minimum(columns, out_features - 1).to(tl.int64)[:, None] * in_features
-    if PDL:
-        # the weights are older than any kernel under way: their first lines can come while it still runs
-        lines = first + tl.arange(0, AHEAD) * (128 // (weight.dtype.element_ty.primitive_bitwidth // 8))
-        prefetch(own + tl.minimum(lines, in_features - 1)[None, :])
+    own = weight + tl.minimum(columns, out_features - 1).to(tl.int64) * in_features
+    half = out_features.to(tl.int64) * in_features
+    if ahead > 0:
+        # the weights are older than any kernel under way: the first can come while it still runs
+        prefetch_rows(own, first, in_features, ahead)
+        if GATED:
+            prefetch_rows(own + half, first, in_features, ahead)
     wait_turn(PDL)
-    w_at = own + inputs[None, :]
+    w_at = own[:, None] + inputs[None, :]
     x_at = x + tl.minimum(rows, num_rows - 1)[:, None] * x_stride + inputs[None, :]
     acc = tl.zeros((ROWS, OUTPUTS), tl.float32)
     up = tl.zeros((ROWS, OUTPUTS), tl.float32)
@@ -74,7 +74,6 @@ def _skinny_kernel(
             a = tl.load(x_at + start, inside, other=0.0)
         acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION)
         if GATED:
-            half = out_features.to(tl.int64) * in_features
             if EVEN:
                 v = tl.load(w_at + half + start, eviction_policy="evict_first")
             else:
@@ -137,8 +136,9 @@ def skinny_linear(
     target = out
     if splits > 1:
         target = torch.empty(splits, num_rows, out_features, dtype=torch.float32, device=x.device)
-    options = launch_options(x)
-    _skinny_kernel[(triton.cdiv(out_features, config.outputs), splits)](
+    grid = (triton.cdiv(out_features, config.outputs), splits)
+    row_bytes, outputs = in_features * weight.element_size(), config.outputs * (2 if gated else 1)
+    _skinny_kernel[grid](
         x,
         weight,
         target,
@@ -146,16 +146,16 @@ def skinny_linear(
         out_features,
         in_features,
         x.stride(0),
+        bytes_ahead(grid, outputs, row_bytes, x.device),
         ROWS=max(16, triton.next_power_of_2(num_rows)),
         OUTPUTS=config.outputs,
         INPUTS=config.inputs,
         SPLITS=splits,
         EVEN=in_features % (config.inputs * splits) == 0,
         GATED=gated,
-        AHEAD=LINES_AHEAD,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **options,
+        **launch_options(x),
     )
     return target if splits == 1 or keeps_pieces else sum_splits(target, out)

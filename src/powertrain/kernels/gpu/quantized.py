@@ -21,7 +21,7 @@ from powertrain.kernels.gpu.conversions import (
     unpack_int4,
     widen_bytes,
 )
-from powertrain.kernels.gpu.launch import launch_options, prefetch, wait_turn
+from powertrain.kernels.gpu.launch import bytes_ahead, launch_options, prefetch, prefetch_rows, wait_turn
 from powertrain.kernels.gpu.splits import sum_splits
 from powertrain.kernels.gpu.tuned_table import measured
 from powertrain.kernels.quantized import FLOAT8_BLOCK, MAX_UNROUNDED_ROWS, Int4Blocks
@@ -110,7 +110,15 @@ def _int4_part(
     return part * _by_output(tl.load(scale).to(tl.float32), SWAPS)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
+def _prefetch_blocks(values, block, end, stride, BYTES: tl.constexpr):
+    """The 16 blocks of 4-bit weights from `block` on, of which a program's outputs are BYTES in a row."""
+    piece: tl.constexpr = min(256, BYTES)
+    blocks = tl.minimum(block + tl.arange(0, 16), end - 1)[:, None] * stride
+    prefetch(values + blocks + tl.arange(0, BYTES // piece)[None, :] * piece, piece)
+
+
+@triton.jit(do_not_specialize=["num_rows", "ahead"])
 def _int4_kernel(
     x,
     values,
@@ -121,6 +129,7 @@ def _int4_kernel(
     out_features,
     num_blocks,
     x_stride,
+    ahead,
     HALF: tl.constexpr,
     GROUP_BLOCKS: tl.constexpr,
     HAS_ZERO: tl.constexpr,
@@ -144,9 +153,13 @@ def _int4_kernel(
     all_outputs = out_features * 2 if GATED else out_features
     stride = all_outputs.to(tl.int64) * HALF
     own = values + column[:, None] * HALF
-    if PDL:
+    if ahead > 0:
         # the weights are older than any kernel under way: the first can come while it still runs
-        prefetch(own + tl.minimum(first, num_blocks - 1) * stride)
+        at = tl.minimum(tl.program_id(0) * OUTPUTS, out_features - OUTPUTS) * HALF
+        for block in range(first, tl.minimum(first + ahead // HALF, end), 16):
+            _prefetch_blocks(values + at, block, end, stride, OUTPUTS * HALF)
+            if GATED:
+                _prefetch_blocks(values + at + out_features * HALF, block, end, stride, OUTPUTS * HALF)
     wait_turn(PDL)
     x_at = x + tl.minimum(rows, num_rows - 1)[:, None] * x_stride + half[None, :]
     acc = _zeros(ROWS, OUTPUTS, SWAPS)
@@ -193,7 +206,7 @@ def _matrix_part(
         return _add_product(weight, x, acc, SWAPS, PRECISION)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "ahead"])
 def _matrix_kernel(
     x,
     values,
@@ -203,6 +216,7 @@ def _matrix_kernel(
     out_features,
     in_features,
     x_stride,
+    ahead,
     INPUTS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_BLOCKS: tl.constexpr,
@@ -223,10 +237,12 @@ def _matrix_kernel(
     first = tl.program_id(1) * turns * INPUTS
     end = tl.minimum(first + turns * INPUTS, in_features)
     column = tl.minimum(columns, out_features - 1)
-    own = values + column.to(tl.int64)[:, None] * in_features
+    own = values + column.to(tl.int64) * in_features
     half = out_features.to(tl.int64) * in_features
-    if PDL:
-        prefetch(own + tl.minimum(first + tl.arange(0, 8) * 128, in_features - 1)[None, :])
+    if ahead > 0:
+        prefetch_rows(own, first, in_features, ahead)
+        if GATED:
+            prefetch_rows(own + half, first, in_features, ahead)
     wait_turn(PDL)
     x_at = x + tl.minimum(rows, num_rows - 1)[:, None] * x_stride + inputs[None, :]
     acc = _zeros(ROWS, OUTPUTS, SWAPS)
@@ -234,7 +250,7 @@ def _matrix_kernel(
     for start in range(first, end, INPUTS):
         inside = (start + inputs < end)[None, :]
         a = tl.load(x_at + start, inside, other=0.0)
-        at = own + inputs[None, :] + start
+        at = own[:, None] + inputs[None, :] + start
         # a turn is one block of inputs, where there are blocks
         of_block = scale + column // INPUTS * num_turns + start // INPUTS
         acc = _matrix_part(at, of_block, a, acc, inside, HAS_BLOCKS, ROWS, SWAPS, PRECISION, IS_COMPILED)
@@ -330,7 +346,10 @@ def int4_product(
     num_blocks, all_outputs, half = weight.values.shape
     out_features = all_outputs // 2 if is_gated else all_outputs
     out, target = _targets(x, out_features, config.splits)
-    _int4_kernel[(triton.cdiv(out_features, config.outputs), config.splits)](
+    grid = (triton.cdiv(out_features, config.outputs), config.splits)
+    outputs = config.outputs * (2 if is_gated else 1)
+    ahead = 0 if out_features < config.outputs else bytes_ahead(grid, outputs, num_blocks * half, x.device)
+    _int4_kernel[grid](
         x,
         weight.values,
         weight.scale,
@@ -340,6 +359,7 @@ def int4_product(
         out_features,
         num_blocks,
         x.stride(0),
+        ahead,
         HALF=half,
         GROUP_BLOCKS=num_blocks // weight.scale.shape[0],
         HAS_ZERO=weight.zero is not None,
@@ -367,7 +387,9 @@ def matrix_product(
     num_rows, in_features = x.shape
     out_features = values.shape[0] // 2 if is_gated else values.shape[0]
     out, target = _targets(x, out_features, config.splits)
-    _matrix_kernel[(triton.cdiv(out_features, config.outputs), config.splits)](
+    grid = (triton.cdiv(out_features, config.outputs), config.splits)
+    row_bytes, outputs = in_features * values.element_size(), config.outputs * (2 if is_gated else 1)
+    _matrix_kernel[grid](
         x,
         values,
         scale if scale is not None else values,
@@ -376,6 +398,7 @@ def matrix_product(
         out_features,
         in_features,
         x.stride(0),
+        bytes_ahead(grid, outputs, row_bytes, x.device),
         # of bytes a turn is a block of scales; wider elements would fill the shared memory with as many
         INPUTS=FLOAT8_BLOCK if values.element_size() == 1 else FLOAT8_BLOCK // 2,
         HAS_SCALE=scale is not None,

@@ -29,19 +29,27 @@ from powertrain.kernels.model_cases import MODEL_SHAPES
 from powertrain.kernels.quantized import Int4Blocks
 
 CACHE_BYTES = 128 * 2**20
+PROGRAMS = (96, 1100)
+"""Of a product with several splits."""
 PRODUCTS = ("dense_linear", "tile", "int4", "fp8", "fp8 blocks", "int8")
 Config = SkinnyConfig | QuantizedConfig
 Call = Callable[[int], torch.Tensor]
+Weight = tuple[torch.Tensor, Any]
+"""A matrix and its scales, if it has any."""
 
 
 class Problem(NamedTuple):
-    """A product whose settings are wanted; `out_features` are those of its result."""
+    """A product whose settings are wanted; `out_features` are those of its result.
+
+    `keeps_pieces`: the model's next step sums the result of several splits.
+    """
 
     product: str
     out_features: int
     in_features: int
     rows: int
     is_gated: bool
+    keeps_pieces: bool = False
 
     @property
     def matrix_rows(self) -> int:
@@ -67,7 +75,7 @@ def problems(shape: str, products: list[str], rows: list[int]) -> list[Problem]:
         if product == "dense_linear" and count > quantized.MAX_GATED_ROWS:
             continue
         gates = count <= quantized.MAX_GATED_ROWS
-        made += [Problem(product, out, inner, count, False) for out, inner in plain]
+        made += [Problem(product, out, inner, count, False, out == own.hidden_size) for out, inner in plain]
         made.append(Problem(product, own.intermediate_size * (1 if gates else 2), own.hidden_size, count, gates))
         if is_dense:
             made.append(Problem(product, own.vocab_size, own.hidden_size, count, False))
@@ -81,6 +89,7 @@ def candidates(problem: Problem) -> Iterator[Config]:
             if not (problem.is_gated and splits > 1):
                 yield SkinnyConfig(outputs, inputs, splits, 4, stages)
         return
+    # too few programs leave processors idle, too many read the activations again and again
     if problem.rows <= 32:
         layouts = [(32, False, 1), (32, False, 2), (64, False, 2), (64, False, 4), (128, False, 4), (64, True, 4)]
         stages = (3, 5, 8)
@@ -89,36 +98,50 @@ def candidates(problem: Problem) -> Iterator[Config]:
     else:
         layouts, stages = [(64, True, 4), (128, True, 8), (128, True, 4)], (2, 3, 4)
     for (outputs, swaps, warps), count, splits in itertools.product(layouts, stages, (1, 2, 4, 8)):
-        if not (problem.is_gated and splits > 1):
+        programs = -(-problem.out_features // outputs) * splits
+        if splits == 1 or (not problem.is_gated and PROGRAMS[0] <= programs <= PROGRAMS[1]):
             yield QuantizedConfig(outputs, splits, swaps, warps, count)
 
 
-def caller(problem: Problem, config: Config | None, device: torch.device, copies: int) -> Call:
-    """Multiplies by one of `copies` matrices; without a config as a dense product runs without a tile."""
+def operands(problem: Problem, device: torch.device, copies: int) -> list[Weight]:
+    """As many random matrices of the problem's format."""
     generator = torch.Generator(device).manual_seed(0)
     out, inner = problem.matrix_rows, problem.in_features
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
-    x = torch.randn(problem.rows, inner, device=device, generator=generator).to(dtype)
-    if problem.product in ("dense_linear", "tile"):
-        weights = [torch.randn(out, inner, device=device, generator=generator).to(dtype) for _ in range(copies)]
-        if config is None and problem.rows > matmul.MAX_SKINNY_ROWS:
-            return lambda at: torch.nn.functional.linear(x, weights[at])
-        if config is None:
-            config = matmul.config_for(x, problem.out_features, gated=problem.is_gated)
-        if isinstance(config, SkinnyConfig):
-            return lambda at: matmul.skinny_linear(x, weights[at], config, gated=problem.is_gated)
-        return lambda at: quantized.matrix_product(x, weights[at], None, config, problem.is_gated)
-    assert isinstance(config, QuantizedConfig)
+    made: list[Weight] = []
+    for _ in range(copies):
+        if problem.product in ("dense_linear", "tile"):
+            made.append((torch.randn(out, inner, device=device, generator=generator).to(_dtype(device)), None))
+        elif problem.product == "int4":
+            packed = torch.randint(0, 256, (inner // 128, out, 64), dtype=torch.uint8, device=device)
+            made.append((packed, torch.rand(inner // 128, out, device=device).to(_dtype(device))))
+        else:
+            kind = torch.int8 if problem.product == "int8" else torch.float8_e4m3fn
+            scales = (-(-out // 128), inner // 128) if problem.product == "fp8 blocks" else (out,)
+            values = (torch.randn(out, inner, device=device, generator=generator) * 20).to(kind)
+            made.append((values, torch.rand(scales, device=device)))
+    return made
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float16
+
+
+def caller(problem: Problem, config: Config | None, weights: list[Weight]) -> Call:
+    """Multiplies by one of the matrices; without a config as a dense product runs without a tile."""
+    device = weights[0][0].device
+    x = torch.randn(problem.rows, problem.in_features, device=device).to(_dtype(device))
+    if config is None and problem.rows > matmul.MAX_SKINNY_ROWS:
+        return lambda at: torch.nn.functional.linear(x, weights[at][0])
+    if config is None:
+        config = matmul.config_for(x, problem.out_features, gated=problem.is_gated)
+    if isinstance(config, SkinnyConfig):
+        return lambda at: matmul.skinny_linear(
+            x, weights[at][0], config, gated=problem.is_gated, keeps_pieces=problem.keeps_pieces
+        )
+    how = (config, problem.is_gated, problem.keeps_pieces)
     if problem.product == "int4":
-        shape = (inner // 128, out, 64)
-        packed = [torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for _ in range(copies)]
-        scale = torch.rand(inner // 128, out, device=device).to(dtype)
-        return lambda at: quantized.int4_product(x, Int4Blocks(packed[at], scale, None), config, problem.is_gated)
-    kind = torch.int8 if problem.product == "int8" else torch.float8_e4m3fn
-    values = [(torch.randn(out, inner, device=device) * 20).to(kind) for _ in range(copies)]
-    has_blocks = problem.product == "fp8 blocks"
-    scales = torch.rand((-(-out // 128), inner // 128) if has_blocks else (out,), device=device)
-    return lambda at: quantized.matrix_product(x, values[at], scales, config, problem.is_gated)
+        return lambda at: quantized.int4_product(x, Int4Blocks(*weights[at], None), *how)
+    return lambda at: quantized.matrix_product(x, *weights[at], *how)
 
 
 def compile_one(task: tuple[Problem, Config, str]) -> None:
@@ -126,15 +149,20 @@ def compile_one(task: tuple[Problem, Config, str]) -> None:
     problem, config, device = task
     small = problem._replace(out_features=256, in_features=2048)
     try:
-        caller(small, config, torch.device(device), 1)(0)
+        caller(small, config, operands(small, torch.device(device), 1))(0)
     except Exception as error:
         print(f"not compiled: {problem.product} {problem.rows} rows {config}: {type(error).__name__}", flush=True)
+
+
+def _code_of(config: Config) -> Config:
+    """A product of byte or 4-bit weights is the same code for any splits."""
+    return config._replace(splits=1) if isinstance(config, QuantizedConfig) else config
 
 
 def compile_all(wanted: list[Problem], device: str, processes: int) -> None:
     """Settings are compiled once for all shapes: the sizes are no part of the code."""
     tasks = {
-        (problem.product, problem.rows, problem.is_gated, config): (problem, config, device)
+        (problem.product, problem.rows, problem.is_gated, _code_of(config)): (problem, config, device)
         for problem in wanted
         for config in candidates(problem)
     }
@@ -145,8 +173,8 @@ def compile_all(wanted: list[Problem], device: str, processes: int) -> None:
             pass
 
 
-def seconds(call: Call, copies: int, device: torch.device) -> float:
-    """Of one call."""
+def seconds(call: Call, copies: int, device: torch.device, limit: float) -> float:
+    """Of one call; the first measurement alone where that is beyond `limit`."""
     for at in range(copies):
         call(at)
     if device.type != "cuda":
@@ -167,19 +195,23 @@ def seconds(call: Call, copies: int, device: torch.device) -> float:
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) / 1000 / (repeats * copies))
+        if len(times) > 1 and times[-1] > limit:
+            break
     return statistics.median(times[1:])
 
 
 def best(problem: Problem, device: torch.device) -> tuple[dict[str, Any] | None, str]:
     """The fastest settings as an entry of the table, None where none is needed; and a line to print."""
     copies = 1 if device.type != "cuda" else int(max(2, min(64, CACHE_BYTES // problem.weight_bytes() + 1)))
+    weights = operands(problem, device, copies)
     found: list[tuple[float, Config | None]] = []
     tried: list[Config | None] = [*candidates(problem)]
     if problem.product == "tile":
         tried.append(None)
     for config in tried:
         try:
-            found.append((seconds(caller(problem, config, device, copies), copies, device), config))
+            limit = 1.2 * min((one[0] for one in found), default=1.0)
+            found.append((seconds(caller(problem, config, weights), copies, device, limit), config))
         except Exception as error:
             if "out of resource" not in str(error) and not isinstance(error, RuntimeError):
                 print(f"failed: {problem} {config}: {error}", flush=True)

@@ -135,7 +135,6 @@ def _int4_kernel(
     HAS_ZERO: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    SPLITS: tl.constexpr,
     SWAPS: tl.constexpr,
     GATED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -145,7 +144,7 @@ def _int4_kernel(
     columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     rows = tl.arange(0, ROWS)
     half = tl.arange(0, HALF)
-    turns = tl.cdiv(num_blocks, SPLITS)
+    turns = tl.cdiv(num_blocks, tl.num_programs(1))
     first = tl.program_id(1) * turns
     end = tl.minimum(first + turns, num_blocks)
     # outputs past the end read the last one again: no mask in the loop
@@ -222,7 +221,6 @@ def _matrix_kernel(
     HAS_BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    SPLITS: tl.constexpr,
     SWAPS: tl.constexpr,
     GATED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -233,7 +231,7 @@ def _matrix_kernel(
     rows = tl.arange(0, ROWS)
     inputs = tl.arange(0, INPUTS)
     num_turns = tl.cdiv(in_features, INPUTS)
-    turns = tl.cdiv(num_turns, SPLITS)
+    turns = tl.cdiv(num_turns, tl.num_programs(1))
     first = tl.program_id(1) * turns * INPUTS
     end = tl.minimum(first + turns * INPUTS, in_features)
     column = tl.minimum(columns, out_features - 1)
@@ -364,7 +362,6 @@ def int4_product(
         GROUP_BLOCKS=num_blocks // weight.scale.shape[0],
         HAS_ZERO=weight.zero is not None,
         OUTPUTS=config.outputs,
-        SPLITS=config.splits,
         GATED=is_gated,
         **_shared_options(x, config),
     )
@@ -404,7 +401,6 @@ def matrix_product(
         HAS_SCALE=scale is not None,
         HAS_BLOCKS=scale is not None and scale.ndim == 2,
         OUTPUTS=config.outputs,
-        SPLITS=config.splits,
         GATED=is_gated,
         **_shared_options(x, config),
     )

@@ -131,7 +131,7 @@ def test_8_bit_caches_hold_what_the_reference_writes(kind):
 @each_dtype
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("window", [None, 24])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 1, 80)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 1, 80), (2, 2, 16)])
 def test_paged_attention_over_8_bit_caches(heads, kv_heads, dim, window, kind, dtype):
     query_lens, context_lens = [1, 1, 5, 40], [64, 17, 5, 70]
     step, num_blocks = step_over(query_lens, context_lens)

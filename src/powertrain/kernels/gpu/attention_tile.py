@@ -5,9 +5,42 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from powertrain.kernels.gpu.conversions import widen_bytes
+from powertrain.kernels.gpu.conversions import widen_pairs
 
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+def dim_block_of(dim: int) -> int:
+    """The columns of a tile, a power of two: 16 at least in each of two parts, for a product over them."""
+    columns: int = triton.next_power_of_2(dim)
+    return max(32, columns)
+
+
+@triton.jit
+def in_parts(x, IS_SCALED: tl.constexpr):
+    """Rows as `attend` takes them: the even and the odd columns if the cache holds 8 bits, else all."""
+    if IS_SCALED:
+        return tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
+    else:
+        return (x,)
+
+
+@triton.jit
+def joined(parts, IS_SCALED: tl.constexpr):
+    """What `in_parts` took apart."""
+    if IS_SCALED:
+        return tl.interleave(parts[0], parts[1])
+    else:
+        return parts[0]
+
+
+@triton.jit
+def _load_parts(at, mask, stored: tl.constexpr, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):
+    tile = tl.load(at) if mask is None else tl.load(at, mask, other=0)
+    if tile.dtype == stored:
+        return (tile.to(dtype),)
+    else:
+        return widen_pairs(tile, stored, dtype, IS_COMPILED)
 
 
 @triton.jit
@@ -35,27 +68,31 @@ def attend(
     """Fold one tile of keys and values into the running maximum, sum and weighted values of query [rows, columns].
 
     `HAS_MASK`: some positions are not `known` or some columns are not the head's, which are not read. `inside` says
-    which rows see which positions, None for all. `IS_SCALED`: `scales` holds one for each key and value of the cache.
+    which rows see which positions, None for all. `IS_SCALED`: the cache holds 8 bits, and `scales` one for each key and
+    value. Shared memory is read transposed, as a product wants its values, in elements of 16 bits or else byte by byte;
+    so two columns are one element, `query` and `acc` are `in_parts`, and each part is a product of its own.
     """
-    columns = tl.arange(0, query.shape[1])
+    dtype: tl.constexpr = query[0].dtype
+    stored: tl.constexpr = cache.dtype.element_ty
+    WIDTH: tl.constexpr = DIM // 2 if IS_SCALED else DIM
+    columns = tl.arange(0, query[0].shape[1])
     if HAS_MASK:
         block = tl.load(table + positions // BLOCK_SIZE, known, other=0)
+        mask = known[:, None] & (columns < WIDTH)[None, :]
     else:
         block = tl.load(table + positions // BLOCK_SIZE)
+        mask = None
     place = (block * BLOCK_SIZE + positions % BLOCK_SIZE) * (2 * NUM_KV_HEADS) + head
-    at = cache + place[:, None] * DIM + columns[None, :]
-    if HAS_MASK:
-        loads = known[:, None] & (columns < DIM)[None, :]
-        keys = tl.load(at, loads, other=0.0)
-        values = tl.load(at + NUM_KV_HEADS * DIM, loads, other=0.0)
-    else:
-        keys = tl.load(at)
-        values = tl.load(at + NUM_KV_HEADS * DIM)
-    keys = widen_bytes(keys, query.dtype, IS_COMPILED)
-    values = widen_bytes(values, query.dtype, IS_COMPILED)
-    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale
+    base = cache.to(tl.pointer_type(tl.int16), bitcast=True) if IS_SCALED else cache
+    at = base + place[:, None] * WIDTH + columns[None, :]
+    keys = _load_parts(at, mask, stored, dtype, IS_COMPILED)
+    values = _load_parts(at + NUM_KV_HEADS * WIDTH, mask, stored, dtype, IS_COMPILED)
+    scores = tl.dot(query[0], tl.trans(keys[0]), input_precision=PRECISION)
     if IS_SCALED:
-        scores *= tl.load(scales + place)[None, :]
+        scores = tl.dot(query[1], tl.trans(keys[1]), scores, input_precision=PRECISION)
+        scores *= (tl.load(scales + place) * scale)[None, :]
+    else:
+        scores *= scale
     if inside is not None:
         scores = tl.where(inside, scores, float("-inf"))
     top = tl.maximum(largest, tl.max(scores, 1))
@@ -65,5 +102,9 @@ def attend(
     total = total * keep + tl.sum(weights, 1)
     if IS_SCALED:
         weights *= tl.load(scales + place + NUM_KV_HEADS)[None, :]
-    acc = acc * keep[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
-    return top, total, acc
+    weights = weights.to(dtype)
+    first = acc[0] * keep[:, None] + tl.dot(weights, values[0], input_precision=PRECISION)
+    if IS_SCALED:
+        return top, total, (first, acc[1] * keep[:, None] + tl.dot(weights, values[1], input_precision=PRECISION))
+    else:
+        return top, total, (first,)

@@ -40,20 +40,34 @@ def _fill(exponent: str, offset: str, type_name: str) -> tl.constexpr:
 
 _TO_BFLOAT16 = _fill("0x43434343", "0x43084308", "bf16x2")
 _TO_FLOAT16 = _fill("0x64646464", "0x64086408", "f16x2")
-# 4 floats of 8 bits in a register to 4 bfloat16 in two: their exponent is off by 120
-_FLOAT8_TO_BFLOAT16 = tl.constexpr("""{
-    .reg .b32 first, second, bits, factor;
+# 4 floats of 8 bits in a register to 4 bfloat16 in two. A byte under 8 copies of its sign, moved up by 4, has all its
+# bits in place, the copies where more of the exponent would be; which is then off by 120
+_FLOAT8_TO_BFLOAT16 = """{
+    .reg .b32 first, second, factor;
     mov.b32 factor, 0x7B807B80;
-    prmt.b32 first, $2, 0, 0x1404;
-    prmt.b32 second, $2, 0, 0x3424;
-    shr.u32 bits, first, 4;
-    and.b32 bits, bits, 0x07F007F0;
-    lop3.b32 first, first, 0x80008000, bits, 0xEA;
-    shr.u32 bits, second, 4;
-    and.b32 bits, bits, 0x07F007F0;
-    lop3.b32 second, second, 0x80008000, bits, 0xEA;
+    prmt.b32 first, $2, 0, FIRST;
+    prmt.b32 second, $2, 0, SECOND;
+    shl.b32 first, first, 4;
+    shl.b32 second, second, 4;
+    and.b32 first, first, 0x87F087F0;
+    and.b32 second, second, 0x87F087F0;
     mul.rn.bf16x2 $0, first, factor;
     mul.rn.bf16x2 $1, second, factor;
+}"""
+_FLOAT8_IN_ORDER = tl.constexpr(_FLOAT8_TO_BFLOAT16.replace("FIRST", "0x9180").replace("SECOND", "0xB3A2"))
+_FLOAT8_BY_HALF = tl.constexpr(_FLOAT8_TO_BFLOAT16.replace("FIRST", "0xA280").replace("SECOND", "0xB391"))
+# 4 integers of 8 bits in two 16-bit elements. Behind the exponent of 128 their low 7 bits are 128 more, and their sign
+# is that exponent's lowest bit: 128 or 256 to take away
+_INT8_BY_HALF = tl.constexpr("""{
+    .reg .b32 high, exponent, bits, offset;
+    mov.b32 exponent, 0x43004300;
+    shr.u32 high, $2, 8;
+    lop3.b32 bits, $2, 0x007F007F, exponent, 0xEA;
+    lop3.b32 offset, $2, 0x00800080, exponent, 0xEA;
+    sub.rn.bf16x2 $0, bits, offset;
+    lop3.b32 bits, high, 0x007F007F, exponent, 0xEA;
+    lop3.b32 offset, high, 0x00800080, exponent, 0xEA;
+    sub.rn.bf16x2 $1, bits, offset;
 }""")
 
 
@@ -76,11 +90,26 @@ def unpack_int4(packed, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):
 def widen_bytes(weight, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):
     """8-bit integers or floats as floats, exactly."""
     if IS_COMPILED and weight.dtype == tl.float8e4nv and dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            _FLOAT8_TO_BFLOAT16, "=r,=r,r", [weight], dtype=tl.bfloat16, is_pure=True, pack=4
-        )
+        return tl.inline_asm_elementwise(_FLOAT8_IN_ORDER, "=r,=r,r", [weight], dtype=tl.bfloat16, is_pure=True, pack=4)
     else:
         return weight.to(tl.float32).to(dtype) if weight.dtype == tl.float8e4nv else weight.to(dtype)
+
+
+@triton.jit
+def widen_pairs(pairs, stored: tl.constexpr, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):
+    """The low and the high bytes of int16, 8-bit integers or floats (`stored`), as floats, exactly."""
+    if IS_COMPILED and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            _FLOAT8_BY_HALF if stored == tl.float8e4nv else _INT8_BY_HALF,
+            "=r,=r,r",
+            [pairs],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        low, high = pairs.to(tl.int8).to(stored, bitcast=True), (pairs >> 8).to(tl.int8).to(stored, bitcast=True)
+        return widen_bytes(low, dtype, IS_COMPILED), widen_bytes(high, dtype, IS_COMPILED)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from powertrain.kernels.attention import LayerCache, ScaledCache, entries
-from powertrain.kernels.gpu.attention_tile import LOG2E, attend
+from powertrain.kernels.gpu.attention_tile import LOG2E, attend, dim_block_of, in_parts, joined
 from powertrain.kernels.gpu.launch import launch_options, wait_turn
 
 MERGED_AT_ONCE = 8
@@ -171,10 +171,10 @@ def _decode_kernel(
         if window > 0:
             low = tl.maximum(context - window, 0)
         at = sequence.to(tl.int64) * query_stride + (head * GROUP + rows[:, None]) * DIM + columns[None, :]
-        q = tl.load(query + at, mask, other=0.0)
+        q = in_parts(tl.load(query + at, mask, other=0.0), IS_SCALED)
         largest = tl.full((GROUP_BLOCK,), float("-inf"), tl.float32)
         total = tl.zeros((GROUP_BLOCK,), tl.float32)
-        acc = tl.zeros((GROUP_BLOCK, DIM_BLOCK), tl.float32)
+        acc = in_parts(tl.zeros((GROUP_BLOCK, DIM_BLOCK), tl.float32), IS_SCALED)
         table = block_tables + sequence.to(tl.int64) * table_width
         first = tl.maximum(begin, low // KEYS * KEYS)
         for start in range(first, end, KEYS):
@@ -202,7 +202,7 @@ def _decode_kernel(
                 IS_COMPILED,
             )
         row = (item * NUM_KV_HEADS + head) * GROUP + rows
-        tl.store(partial + row[:, None] * DIM + columns[None, :], acc, mask)
+        tl.store(partial + row[:, None] * DIM + columns[None, :], joined(acc, IS_SCALED), mask)
         tl.store(stats + row * 2, largest, in_group)
         tl.store(stats + row * 2 + 1, total, in_group)
 
@@ -261,7 +261,7 @@ def decode_attention(
     most = split.sequence_of.shape[0]
     partial = torch.empty(most, num_heads, dim, dtype=torch.float32, device=query.device)
     stats = torch.empty(most, num_heads, 2, dtype=torch.float32, device=query.device)
-    dim_block = triton.next_power_of_2(dim)
+    dim_block = dim_block_of(dim)
     _decode_kernel[(num_kv_heads, split.num_programs)](
         query,
         stored,

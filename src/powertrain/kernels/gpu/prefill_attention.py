@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from powertrain.kernels.attention import AttentionStep, LayerCache, ScaledCache, entries
-from powertrain.kernels.gpu.attention_tile import LOG2E, attend
+from powertrain.kernels.gpu.attention_tile import LOG2E, attend, dim_block_of, in_parts, joined
 from powertrain.kernels.gpu.launch import launch_options, wait_turn
 
 
@@ -60,7 +60,8 @@ def _prefill_kernel(
     )
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, DIM_BLOCK), tl.float32)
+    q = in_parts(q, IS_SCALED)
+    acc = in_parts(tl.zeros((ROWS, DIM_BLOCK), tl.float32), IS_SCALED)
     end = first_position + num_tokens
     low = 0
     if window > 0:
@@ -120,7 +121,7 @@ def _prefill_kernel(
             IS_COMPILED,
         )
     to = (first_row + token)[:, None] * (NUM_KV_HEADS * GROUP * DIM) + heads[:, None] * DIM + columns[None, :]
-    tl.store(out + to, (acc / total[:, None]).to(out.dtype.element_ty), mask)
+    tl.store(out + to, (joined(acc, IS_SCALED) / total[:, None]).to(out.dtype.element_ty), mask)
 
 
 class PrefillConfig(NamedTuple):
@@ -174,7 +175,7 @@ def prefill_attention(
         TOKENS=tokens,
         ROWS=triton.next_power_of_2(tokens * group),
         DIM=dim,
-        DIM_BLOCK=triton.next_power_of_2(dim),
+        DIM_BLOCK=dim_block_of(dim),
         BLOCK_SIZE=block_size,
         KEYS=PREFILL.keys,
         IS_SCALED=isinstance(cache, ScaledCache),

@@ -222,6 +222,11 @@ def _matrix_kernel(
     turns = tl.cdiv(num_turns, SPLITS)
     first = tl.program_id(1) * turns * INPUTS
     end = tl.minimum(first + turns * INPUTS, in_features)
+    last = end
+    if not HAS_BLOCKS:
+        # at least one turn, maybe of zeros: around a loop that may be skipped the tensor cores' work is not overlapped
+        last = tl.maximum(end, first + 1)
+        tl.assume(first < last)
     column = tl.minimum(columns, out_features - 1)
     own = values + column.to(tl.int64)[:, None] * in_features
     half = out_features.to(tl.int64) * in_features
@@ -231,7 +236,7 @@ def _matrix_kernel(
     x_at = x + tl.minimum(rows, num_rows - 1)[:, None] * x_stride + inputs[None, :]
     acc = _zeros(ROWS, OUTPUTS, SWAPS)
     up = _zeros(ROWS, OUTPUTS, SWAPS)
-    for start in range(first, end, INPUTS):
+    for start in range(first, last, INPUTS):
         inside = (start + inputs < end)[None, :]
         a = tl.load(x_at + start, inside, other=0.0)
         at = own + inputs[None, :] + start

@@ -2,8 +2,9 @@
 
 Every candidate is compiled first, by many processes at once: what compiling leaves behind is found again by the one
 that measures. A time is that of a call within a CUDA graph which cycles over more weights than the cache holds, the
-median of its replays. A dense "tile" is kept only where it is faster than what runs without it: the product of few rows
-with its settings in the table, or the library. Entries of other shapes and products stay in the file.
+median of its replays. A dense "tile" and what is "rounded" are kept only where they are faster than what runs without
+them: the product of few rows with its settings in the table, or the library. Entries of other shapes and products stay
+in the file.
 
     python benchmarks/tune_gpu.py --shape llama-3.1-8b --products int4,fp8
 """
@@ -22,15 +23,35 @@ from typing import Any, NamedTuple
 
 import torch
 
-from powertrain.kernels.gpu import matmul, quantized, tuned_table
+from powertrain.kernels.gpu import conversions, fused, matmul, quantized, rounded_matmul, tuned_table
 from powertrain.kernels.gpu.matmul import SkinnyConfig
 from powertrain.kernels.gpu.quantized import QuantizedConfig
+from powertrain.kernels.gpu.rounded_matmul import RoundedConfig
 from powertrain.kernels.model_cases import MODEL_SHAPES
-from powertrain.kernels.quantized import Int4Blocks
+from powertrain.kernels.quantized import MAX_UNROUNDED_ROWS, Int4Blocks
 
 CACHE_BYTES = 128 * 2**20
-PRODUCTS = ("dense_linear", "tile", "int4", "fp8", "fp8 blocks", "int8")
-Config = SkinnyConfig | QuantizedConfig
+ROUNDED = ("fp8 rounded", "int8 rounded")
+PRODUCTS = ("dense_linear", "tile", "int4", "fp8", "fp8 blocks", "int8", *ROUNDED)
+ROUNDED_LAYOUTS = (
+    RoundedConfig(256, 64, 2, 128, 1, True, 8, 3),
+    RoundedConfig(256, 64, 2, 128, 1, True, 8, 4),
+    RoundedConfig(128, 128, 2, 128, 1, True, 8, 3),
+    RoundedConfig(128, 128, 2, 128, 1, False, 8, 4),
+    RoundedConfig(128, 64, 2, 128, 1, True, 4, 2),
+    RoundedConfig(128, 64, 2, 128, 1, True, 4, 3),
+    RoundedConfig(128, 64, 2, 128, 1, True, 8, 3),
+    RoundedConfig(256, 64, 1, 128, 1, True, 8, 5),
+    RoundedConfig(128, 128, 1, 128, 1, True, 8, 4),
+    RoundedConfig(128, 64, 1, 128, 1, True, 4, 3),
+    RoundedConfig(128, 64, 1, 128, 1, True, 4, 4),
+    RoundedConfig(128, 128, 1, 256, 1, True, 8, 3),
+    RoundedConfig(128, 64, 1, 256, 1, True, 4, 2),
+)
+"""What registers hold with either type, but for a few words of some with splits, which come with the shape."""
+ROUNDED_PROGRAMS = (64, 400)
+"""Of a product with several splits."""
+Config = SkinnyConfig | QuantizedConfig | RoundedConfig
 Call = Callable[[int], torch.Tensor]
 
 
@@ -66,9 +87,13 @@ def problems(shape: str, products: list[str], rows: list[int]) -> list[Problem]:
         is_dense = product in ("dense_linear", "tile")
         if product == "dense_linear" and count > quantized.MAX_GATED_ROWS:
             continue
+        if product in ROUNDED and count <= MAX_UNROUNDED_ROWS:
+            continue
         gates = count <= quantized.MAX_GATED_ROWS
         made += [Problem(product, out, inner, count, False) for out, inner in plain]
         made.append(Problem(product, own.intermediate_size * (1 if gates else 2), own.hidden_size, count, gates))
+        if product in ROUNDED:
+            made.append(Problem(product, own.intermediate_size, own.hidden_size, count, True))
         if is_dense:
             made.append(Problem(product, own.vocab_size, own.hidden_size, count, False))
     return list(dict.fromkeys(made))
@@ -76,6 +101,9 @@ def problems(shape: str, products: list[str], rows: list[int]) -> list[Problem]:
 
 def candidates(problem: Problem) -> Iterator[Config]:
     """Settings worth a try, of those that a program's registers and shared memory hold."""
+    if problem.product in ROUNDED:
+        yield from rounded_candidates(problem)
+        return
     if problem.product == "dense_linear":
         for outputs, inputs, splits, stages in itertools.product((16, 32, 64), (128, 256), (1, 2, 4), (3, 4, 5)):
             if not (problem.is_gated and splits > 1):
@@ -93,8 +121,22 @@ def candidates(problem: Problem) -> Iterator[Config]:
             yield QuantizedConfig(outputs, splits, swaps, warps, count)
 
 
+def rounded_candidates(problem: Problem) -> Iterator[RoundedConfig]:
+    """The layouts that fit the rows, with splits where there would be few programs."""
+    for layout, splits in itertools.product(ROUNDED_LAYOUTS, (1, 2, 4)):
+        columns = layout.outputs * layout.tiles
+        programs = -(-problem.matrix_rows // columns) * -(-problem.rows // layout.tile_rows) * splits
+        fits = layout.tile_rows <= problem.rows and (layout.tiles == 2 or not problem.is_gated)
+        is_worth = not problem.is_gated and ROUNDED_PROGRAMS[0] <= programs <= ROUNDED_PROGRAMS[1]
+        if fits and (splits == 1 or is_worth):
+            yield layout._replace(splits=splits)
+
+
 def caller(problem: Problem, config: Config | None, device: torch.device, copies: int) -> Call:
     """Multiplies by one of `copies` matrices; without a config as a dense product runs without a tile."""
+    if problem.product in ROUNDED:
+        assert config is None or isinstance(config, RoundedConfig)
+        return rounded_caller(problem, config, device, copies)
     generator = torch.Generator(device).manual_seed(0)
     out, inner = problem.matrix_rows, problem.in_features
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
@@ -119,6 +161,27 @@ def caller(problem: Problem, config: Config | None, device: torch.device, copies
     has_blocks = problem.product == "fp8 blocks"
     scales = torch.rand((-(-out // 128), inner // 128) if has_blocks else (out,), device=device)
     return lambda at: quantized.matrix_product(x, values[at], scales, config, problem.is_gated)
+
+
+def rounded_caller(problem: Problem, config: RoundedConfig | None, device: torch.device, copies: int) -> Call:
+    """As `caller`; a gated product with the rounding of its result, which by the library gates too."""
+    generator = torch.Generator(device).manual_seed(0)
+    kind = torch.int8 if problem.product == "int8 rounded" else torch.float8_e4m3fn
+
+    def random(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        values = torch.randn(rows, problem.in_features, device=device, generator=generator) * 20
+        return values.to(kind), torch.rand(rows, device=device, generator=generator) / 1000
+
+    x, weights = random(problem.rows), [random(problem.matrix_rows) for _ in range(copies)]
+    if config is None:
+        library = rounded_matmul.library_product
+        if problem.is_gated:
+            return lambda at: fused.silu_mul_rounded(library(*x, *weights[at], torch.bfloat16), kind)[0]
+        return lambda at: library(*x, *weights[at], torch.bfloat16)
+    if problem.is_gated:
+        product = rounded_matmul.rounded_product
+        return lambda at: conversions.quantize_rows(product(*x, *weights[at], torch.bfloat16, config, True), kind)[0]
+    return lambda at: rounded_matmul.rounded_product(*x, *weights[at], torch.bfloat16, config)
 
 
 def compile_one(task: tuple[Problem, Config, str]) -> None:
@@ -175,7 +238,7 @@ def best(problem: Problem, device: torch.device) -> tuple[dict[str, Any] | None,
     copies = 1 if device.type != "cuda" else int(max(2, min(64, CACHE_BYTES // problem.weight_bytes() + 1)))
     found: list[tuple[float, Config | None]] = []
     tried: list[Config | None] = [*candidates(problem)]
-    if problem.product == "tile":
+    if problem.product == "tile" or problem.product in ROUNDED:
         tried.append(None)
     for config in tried:
         try:

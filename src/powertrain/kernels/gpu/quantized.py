@@ -17,11 +17,11 @@ from powertrain.kernels.gpu.conversions import (
     byte_floats,
     int4_floats,
     quantize_rows,
-    scale_integers,
     unpack_int4,
     widen_bytes,
 )
 from powertrain.kernels.gpu.launch import launch_options, prefetch, wait_turn
+from powertrain.kernels.gpu.rounded_matmul import rounded_linear
 from powertrain.kernels.gpu.splits import sum_splits
 from powertrain.kernels.gpu.tuned_table import measured
 from powertrain.kernels.quantized import FLOAT8_BLOCK, MAX_UNROUNDED_ROWS, Int4Blocks
@@ -280,7 +280,7 @@ def float8_linear(
     if x.shape[0] <= MAX_UNROUNDED_ROWS or not rounds_input or scale.ndim == 2:
         return byte_linear(x, values, scale, is_gated, keeps_pieces)
     narrow, own = quantize_rows(x, torch.float8_e4m3fn)
-    product = rounded_linear(narrow, own, values, scale, x.dtype)
+    product = rounded_linear(narrow, own, values, scale, x.dtype, keeps_pieces)
     return silu_mul(product) if is_gated else product
 
 
@@ -295,18 +295,6 @@ def int8_rounded_linear(x: torch.Tensor, values: torch.Tensor, scale: torch.Tens
         return byte_linear(x, values, scale, is_gated=False)
     narrow, own = quantize_rows(x, torch.int8)
     return rounded_linear(narrow, own, values, scale, x.dtype)
-
-
-def rounded_linear(
-    x: torch.Tensor, x_scale: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """`kernels.quantized.rounded_linear`, by the library."""
-    if x.dtype == torch.int8:
-        return scale_integers(torch._int_mm(x, values.t()), x_scale, scale, dtype)
-    product = torch._scaled_mm(
-        x, values.t(), scale_a=x_scale.unsqueeze(1), scale_b=scale.unsqueeze(0), out_dtype=torch.bfloat16
-    )
-    return product.to(dtype)
 
 
 def byte_linear(

@@ -2,8 +2,9 @@
 
 Every candidate is compiled first, by many processes at once: what compiling leaves behind is found again by the one
 that measures. A time is that of a call within a CUDA graph which cycles over more weights than the cache holds, the
-median of its replays. A dense "tile" is kept only where it is faster than what runs without it: the product of few rows
-with its settings in the table, or the library. Entries of other shapes and products stay in the file.
+median of its replays. A dense "tile" and what is "rounded" are kept only where they are faster than what runs without
+them: the product of few rows with its settings in the table, or the library. Entries of other shapes and products stay
+in the file.
 
     python benchmarks/tune_gpu.py --shape llama-3.1-8b --products int4,fp8
 """
@@ -22,17 +23,37 @@ from typing import Any, NamedTuple
 
 import torch
 
-from powertrain.kernels.gpu import matmul, quantized, tuned_table
+from powertrain.kernels.gpu import conversions, fused, matmul, quantized, rounded_matmul, tuned_table
 from powertrain.kernels.gpu.matmul import SkinnyConfig
 from powertrain.kernels.gpu.quantized import QuantizedConfig
+from powertrain.kernels.gpu.rounded_matmul import RoundedConfig
 from powertrain.kernels.model_cases import MODEL_SHAPES
-from powertrain.kernels.quantized import Int4Blocks
+from powertrain.kernels.quantized import MAX_UNROUNDED_ROWS, Int4Blocks
 
 CACHE_BYTES = 128 * 2**20
 PROGRAMS = (96, 1100)
 """Of a product with several splits."""
-PRODUCTS = ("dense_linear", "tile", "int4", "fp8", "fp8 blocks", "int8")
-Config = SkinnyConfig | QuantizedConfig
+ROUNDED = ("fp8 rounded", "int8 rounded")
+PRODUCTS = ("dense_linear", "tile", "int4", "fp8", "fp8 blocks", "int8", *ROUNDED)
+ROUNDED_LAYOUTS = (
+    RoundedConfig(256, 64, 2, 128, 1, True, 8, 3),
+    RoundedConfig(256, 64, 2, 128, 1, True, 8, 4),
+    RoundedConfig(128, 128, 2, 128, 1, True, 8, 3),
+    RoundedConfig(128, 128, 2, 128, 1, False, 8, 4),
+    RoundedConfig(128, 64, 2, 128, 1, True, 4, 2),
+    RoundedConfig(128, 64, 2, 128, 1, True, 4, 3),
+    RoundedConfig(128, 64, 2, 128, 1, True, 8, 3),
+    RoundedConfig(256, 64, 1, 128, 1, True, 8, 5),
+    RoundedConfig(128, 128, 1, 128, 1, True, 8, 4),
+    RoundedConfig(128, 64, 1, 128, 1, True, 4, 3),
+    RoundedConfig(128, 64, 1, 128, 1, True, 4, 4),
+    RoundedConfig(128, 128, 1, 256, 1, True, 8, 3),
+    RoundedConfig(128, 64, 1, 256, 1, True, 4, 2),
+)
+"""What registers hold with either type, but for a few words of some with splits, which come with the shape."""
+ROUNDED_PROGRAMS = (64, 400)
+"""Of a product with several splits."""
+Config = SkinnyConfig | QuantizedConfig | RoundedConfig
 Call = Callable[[int], torch.Tensor]
 Weight = tuple[torch.Tensor, Any]
 """A matrix and its scales, if it has any."""
@@ -74,9 +95,13 @@ def problems(shape: str, products: list[str], rows: list[int]) -> list[Problem]:
         is_dense = product in ("dense_linear", "tile")
         if product == "dense_linear" and count > quantized.MAX_GATED_ROWS:
             continue
+        if product in ROUNDED and count <= MAX_UNROUNDED_ROWS:
+            continue
         gates = count <= quantized.MAX_GATED_ROWS
         made += [Problem(product, out, inner, count, False, out == own.hidden_size) for out, inner in plain]
         made.append(Problem(product, own.intermediate_size * (1 if gates else 2), own.hidden_size, count, gates))
+        if product in ("tile", *ROUNDED):
+            made.append(Problem(product, own.intermediate_size, own.hidden_size, count, True))
         if is_dense:
             made.append(Problem(product, own.vocab_size, own.hidden_size, count, False))
     return list(dict.fromkeys(made))
@@ -84,6 +109,9 @@ def problems(shape: str, products: list[str], rows: list[int]) -> list[Problem]:
 
 def candidates(problem: Problem) -> Iterator[Config]:
     """Settings worth a try, of those that a program's registers and shared memory hold."""
+    if problem.product in ROUNDED:
+        yield from rounded_candidates(problem)
+        return
     if problem.product == "dense_linear":
         for outputs, inputs, splits, stages in itertools.product((16, 32, 64), (128, 256), (1, 2, 4), (3, 4, 5)):
             if not (problem.is_gated and splits > 1):
@@ -92,15 +120,28 @@ def candidates(problem: Problem) -> Iterator[Config]:
     # too few programs leave processors idle, too many read the activations again and again
     if problem.rows <= 32:
         layouts = [(32, False, 1), (32, False, 2), (64, False, 2), (64, False, 4), (128, False, 4), (64, True, 4)]
-        stages = (3, 5, 8)
+        stages = (3, 5)
     elif problem.rows <= 64:
         layouts, stages = [(64, False, 4), (64, True, 4), (128, True, 4), (128, True, 8)], (3, 4, 5)
+    elif problem.rows <= 128:
+        layouts, stages = [(64, True, 4), (64, True, 8), (128, True, 8), (128, True, 4), (256, True, 8)], (3, 4, 5)
     else:
-        layouts, stages = [(64, True, 4), (128, True, 8), (128, True, 4)], (2, 3, 4)
+        layouts, stages = [(64, True, 8), (64, True, 4), (128, True, 8), (128, False, 8)], (3, 4, 5)
     for (outputs, swaps, warps), count, splits in itertools.product(layouts, stages, (1, 2, 4, 8)):
         programs = -(-problem.out_features // outputs) * splits
         if splits == 1 or (not problem.is_gated and PROGRAMS[0] <= programs <= PROGRAMS[1]):
             yield QuantizedConfig(outputs, splits, swaps, warps, count)
+
+
+def rounded_candidates(problem: Problem) -> Iterator[RoundedConfig]:
+    """The layouts that fit the rows, with splits where there would be few programs."""
+    for layout, splits in itertools.product(ROUNDED_LAYOUTS, (1, 2, 4)):
+        columns = layout.outputs * layout.tiles
+        programs = -(-problem.matrix_rows // columns) * -(-problem.rows // layout.tile_rows) * splits
+        fits = layout.tile_rows <= problem.rows and (layout.tiles == 2 or not problem.is_gated)
+        is_worth = not problem.is_gated and ROUNDED_PROGRAMS[0] <= programs <= ROUNDED_PROGRAMS[1]
+        if fits and (splits == 1 or is_worth):
+            yield layout._replace(splits=splits)
 
 
 def operands(problem: Problem, device: torch.device, copies: int) -> list[Weight]:
@@ -109,7 +150,9 @@ def operands(problem: Problem, device: torch.device, copies: int) -> list[Weight
     out, inner = problem.matrix_rows, problem.in_features
     made: list[Weight] = []
     for _ in range(copies):
-        if problem.product in ("dense_linear", "tile"):
+        if problem.product in ROUNDED:
+            made.append(rounded(out, inner, problem, generator))
+        elif problem.product in ("dense_linear", "tile"):
             made.append((torch.randn(out, inner, device=device, generator=generator).to(_dtype(device)), None))
         elif problem.product == "int4":
             packed = torch.randint(0, 256, (inner // 128, out, 64), dtype=torch.uint8, device=device)
@@ -128,10 +171,14 @@ def _dtype(device: torch.device) -> torch.dtype:
 
 def caller(problem: Problem, config: Config | None, weights: list[Weight]) -> Call:
     """Multiplies by one of the matrices; without a config as a dense product runs without a tile."""
+    if problem.product in ROUNDED:
+        assert config is None or isinstance(config, RoundedConfig)
+        return rounded_caller(problem, config, weights)
     device = weights[0][0].device
     x = torch.randn(problem.rows, problem.in_features, device=device).to(_dtype(device))
     if config is None and problem.rows > matmul.MAX_SKINNY_ROWS:
-        return lambda at: torch.nn.functional.linear(x, weights[at][0])
+        linear, silu_mul = torch.nn.functional.linear, fused.silu_mul
+        return lambda at: silu_mul(linear(x, weights[at][0])) if problem.is_gated else linear(x, weights[at][0])
     if config is None:
         config = matmul.config_for(x, problem.out_features, gated=problem.is_gated)
     if isinstance(config, SkinnyConfig):
@@ -142,6 +189,28 @@ def caller(problem: Problem, config: Config | None, weights: list[Weight]) -> Ca
     if problem.product == "int4":
         return lambda at: quantized.int4_product(x, Int4Blocks(*weights[at], None), *how)
     return lambda at: quantized.matrix_product(x, *weights[at], *how)
+
+
+def rounded(rows: int, width: int, problem: Problem, generator: torch.Generator) -> Weight:
+    """Random rows of 8 bits and their scales."""
+    kind = torch.int8 if problem.product == "int8 rounded" else torch.float8_e4m3fn
+    values = torch.randn(rows, width, device=generator.device, generator=generator) * 20
+    return values.to(kind), torch.rand(rows, device=generator.device, generator=generator) / 1000
+
+
+def rounded_caller(problem: Problem, config: RoundedConfig | None, weights: list[Weight]) -> Call:
+    """As `caller`; a gated product with the rounding of its result, which by the library gates too."""
+    generator = torch.Generator(weights[0][0].device).manual_seed(1)
+    x, kind = rounded(problem.rows, problem.in_features, problem, generator), weights[0][0].dtype
+    if config is None:
+        library = rounded_matmul.library_product
+        if problem.is_gated:
+            return lambda at: fused.silu_mul_rounded(library(*x, *weights[at], torch.bfloat16), kind)[0]
+        return lambda at: library(*x, *weights[at], torch.bfloat16)
+    how = (torch.bfloat16, config, problem.is_gated, problem.keeps_pieces)
+    if problem.is_gated:
+        return lambda at: conversions.quantize_rows(rounded_matmul.rounded_product(*x, *weights[at], *how), kind)[0]
+    return lambda at: rounded_matmul.rounded_product(*x, *weights[at], *how)
 
 
 def compile_one(task: tuple[Problem, Config, str]) -> None:
@@ -206,7 +275,7 @@ def best(problem: Problem, device: torch.device) -> tuple[dict[str, Any] | None,
     weights = operands(problem, device, copies)
     found: list[tuple[float, Config | None]] = []
     tried: list[Config | None] = [*candidates(problem)]
-    if problem.product == "tile":
+    if problem.product == "tile" or problem.product in ROUNDED:
         tried.append(None)
     for config in tried:
         try:

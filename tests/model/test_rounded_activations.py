@@ -25,9 +25,13 @@ class OnAGPU(Float8):
     def rounded_dtype(self) -> torch.dtype | None:
         return torch.float8_e4m3fn
 
-    def matmul_rounded(self, x):  # type: ignore[no-untyped-def]
+    def matmul_rounded(self, x, keeps_pieces=False):  # type: ignore[no-untyped-def]
         type(self).num_rounded += 1
-        return super().matmul_rounded(x)
+        return super().matmul_rounded(x, keeps_pieces)
+
+    def gated_rounded(self, x, to):  # type: ignore[no-untyped-def]
+        type(self).num_rounded += 1
+        return super().gated_rounded(x, to)
 
 
 def model_of(folder: Path, kind: type[Float8]) -> Decoder:

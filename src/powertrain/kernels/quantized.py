@@ -9,7 +9,7 @@ import torch
 from powertrain.kernels.fused import silu_mul
 from powertrain.kernels.gpu_provider import invariant_provider, refuse_gaps, triton_provider
 from powertrain.kernels.op import Op, Provider
-from powertrain.kernels.rounding import quantize_to_float8, quantize_to_int8
+from powertrain.kernels.rounding import quantize_to_float8, quantize_to_int8, silu_mul_rounded
 
 FLOAT8_BLOCK = 128
 """Outputs and inputs that share a scale in a matrix of blocks, and inputs of one row in its activations."""
@@ -96,18 +96,39 @@ def _providers(function: str) -> tuple[Provider[Any, Any], ...]:
 
 
 def _rounded_linear(
-    x: torch.Tensor, x_scale: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    values: torch.Tensor,
+    scale: torch.Tensor,
+    dtype: torch.dtype,
+    keeps_pieces: bool = False,
 ) -> torch.Tensor:
-    """A product of rounded rows x [rows, in] (`Rounded`) with values [out, in] of the same type, scale [out]."""
+    """A product of rounded rows x [rows, in] (`Rounded`) with values [out, in] of the same type, scale [out].
+
+    `keeps_pieces` as in `float8_linear`.
+    """
     weight = values.float() * scale.float().unsqueeze(1)
     return ((x.float() * x_scale.unsqueeze(1)) @ weight.t()).to(dtype)
 
 
-rounded_linear = Op(
-    "rounded_linear",
-    _rounded_linear,
-    (triton_provider("quantized", "rounded_linear", refuse_gaps, dtypes=(torch.int8, torch.float8_e4m3fn)),),
-)
+def _rounded_gated_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    values: torch.Tensor,
+    scale: torch.Tensor,
+    dtype: torch.dtype,
+    to: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`silu_mul_rounded` of a `rounded_linear` whose outputs are gate above up."""
+    return silu_mul_rounded.reference(_rounded_linear(x, x_scale, values, scale, dtype), to)
+
+
+def _of_rounded(function: str) -> tuple[Provider[Any, Any], ...]:
+    return (triton_provider("rounded_matmul", function, refuse_gaps, dtypes=(torch.int8, torch.float8_e4m3fn)),)
+
+
+rounded_linear = Op("rounded_linear", _rounded_linear, _of_rounded("rounded_linear"))
+rounded_gated_linear = Op("rounded_gated_linear", _rounded_gated_linear, _of_rounded("rounded_gated_linear"))
 float8_linear = Op("float8_linear", _float8_linear, _providers("float8_linear"))
 int8_rounded_linear = Op("int8_rounded_linear", _int8_rounded_linear, _providers("int8_rounded_linear"))
 int4_blocks_linear = Op("int4_blocks_linear", _int4_blocks_linear, _providers("int4_linear"))

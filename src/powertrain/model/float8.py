@@ -7,7 +7,13 @@ from typing import NamedTuple
 
 import torch
 
-from powertrain.kernels.quantized import FLOAT8_BLOCK, dequantize_float8, float8_linear, rounded_linear
+from powertrain.kernels.quantized import (
+    FLOAT8_BLOCK,
+    dequantize_float8,
+    float8_linear,
+    rounded_gated_linear,
+    rounded_linear,
+)
 from powertrain.kernels.rounding import Rounded
 
 
@@ -58,9 +64,13 @@ class Float8:
         wants = self._rounds_input and self._scale.ndim == 1 and self._values.device.type != "cpu"
         return torch.float8_e4m3fn if wants else None
 
-    def matmul_rounded(self, x: Rounded) -> torch.Tensor:
+    def matmul_rounded(self, x: Rounded, keeps_pieces: bool = False) -> torch.Tensor:
         """x [rows, in], rounded already, times the transposed matrix."""
-        return rounded_linear(x.values, x.scale, self._values, self._scale, x.dtype)
+        return rounded_linear(x.values, x.scale, self._values, self._scale, x.dtype, keeps_pieces)
+
+    def gated_rounded(self, x: Rounded, to: torch.dtype) -> Rounded:
+        """x [rows, in], rounded already, times the transposed matrix, gated and rounded."""
+        return Rounded(*rounded_gated_linear(x.values, x.scale, self._values, self._scale, x.dtype, to), x.dtype)
 
     def unpack(self) -> torch.Tensor:
         return dequantize_float8(self._values, self._scale)

@@ -28,11 +28,12 @@ class Linear:
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return out if self.bias is None else out + self.bias
 
-    def in_pieces(self, x: torch.Tensor) -> torch.Tensor:
+    def in_pieces(self, x: torch.Tensor | Rounded) -> torch.Tensor:
         """As a call, or float32 [pieces, tokens, out] whose sum that is, for `RMSNorm.after`."""
-        if self.bias is None and len(self.formats) == 1 and isinstance(self.formats[0], PiecewiseFormat):
-            return self.formats[0].matmul_in_pieces(x)
-        return self(x)
+        weight = self.formats[0] if self.bias is None and len(self.formats) == 1 else None
+        if isinstance(x, Rounded):
+            return weight.matmul_rounded(x, True) if isinstance(weight, RoundedFormat) else self(x)
+        return weight.matmul_in_pieces(x) if isinstance(weight, PiecewiseFormat) else self(x)
 
     def rounds(self, num_rows: int) -> torch.dtype | None:
         """The 8-bit type that the product of so many rows wants its input in; None for floats."""
@@ -48,6 +49,14 @@ class Linear:
         if is_one and isinstance(self.formats[0], GatedFormat) and not isinstance(x, Rounded):
             fused = self.formats[0].gated_matmul(x)
         return silu_mul(self(x)) if fused is None else fused
+
+    def gated_and_rounded(self, x: torch.Tensor | Rounded, to: torch.dtype) -> Rounded:
+        """`gated`, rounded `to` 8 bits."""
+        is_one = self.bias is None and len(self.formats) == 1
+        if is_one and isinstance(x, Rounded) and isinstance(self.formats[0], RoundedFormat):
+            return self.formats[0].gated_rounded(x, to)
+        product = self(x)
+        return Rounded(*silu_mul_rounded(product, to), product.dtype)
 
     def step_bytes(self) -> int:
         return sum(weight.step_bytes() for weight in self.formats)
@@ -163,8 +172,7 @@ class GatedMLP:
         to = self.down.rounds(x.values.shape[0] if isinstance(x, Rounded) else x.shape[0])
         if to is None:
             return self.down.in_pieces(self.gate_up.gated(x))
-        gate_up = self.gate_up(x)
-        return self.down(Rounded(*silu_mul_rounded(gate_up, to), gate_up.dtype))
+        return self.down.in_pieces(self.gate_up.gated_and_rounded(x, to))
 
 
 @dataclass(frozen=True, slots=True)

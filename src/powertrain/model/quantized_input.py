@@ -40,10 +40,15 @@ class QuantizedInput:
         )
         return torch.int8 if is_int8 else None
 
-    def matmul_rounded(self, x: Rounded) -> torch.Tensor:
+    def matmul_rounded(self, x: Rounded, keeps_pieces: bool = False) -> torch.Tensor:
         """x [rows, in], rounded already, times the transposed matrix."""
         assert isinstance(self.weight, Int8Channel)
-        return self.weight.matmul_rounded(x)
+        return self.weight.matmul_rounded(x, keeps_pieces)
+
+    def gated_rounded(self, x: Rounded, to: torch.dtype) -> Rounded:
+        """x [rows, in], rounded already, times the transposed matrix, gated and rounded."""
+        assert isinstance(self.weight, Int8Channel)
+        return self.weight.gated_rounded(x, to)
 
     def unpack(self) -> torch.Tensor:
         return self.weight.unpack()

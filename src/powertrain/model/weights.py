@@ -17,7 +17,7 @@ from powertrain.kernels.matmul import (
     int4_linear,
     int8_linear,
 )
-from powertrain.kernels.quantized import int8_rounded_linear, rounded_linear
+from powertrain.kernels.quantized import int8_rounded_linear, rounded_gated_linear, rounded_linear
 from powertrain.kernels.rounding import Rounded
 from powertrain.model.gpu_weights import Int4Blocked
 from powertrain.types import ModelFileError
@@ -98,8 +98,15 @@ class RoundedFormat(Protocol):
         """The type it wants them in, where many rows are multiplied on its device; None for floats."""
         ...
 
-    def matmul_rounded(self, x: Rounded) -> torch.Tensor:
-        """x [rows, in] of `rounded_dtype` times the transposed matrix, in the type x stands for."""
+    def matmul_rounded(self, x: Rounded, keeps_pieces: bool = False) -> torch.Tensor:
+        """x [rows, in] of `rounded_dtype` times the transposed matrix, in the type x stands for.
+
+        `keeps_pieces`: or float32 [pieces, rows, out] whose sum that is.
+        """
+        ...
+
+    def gated_rounded(self, x: Rounded, to: torch.dtype) -> Rounded:
+        """silu(gate) * up of the product, with gate above up, rounded `to` 8 bits."""
         ...
 
 
@@ -190,9 +197,13 @@ class Int8Channel:
         """The product of x with each row rounded to 8 bits."""
         return int8_rounded_linear(x, self._values, self._scale)
 
-    def matmul_rounded(self, x: Rounded) -> torch.Tensor:
+    def matmul_rounded(self, x: Rounded, keeps_pieces: bool = False) -> torch.Tensor:
         """The product of rows that are integers already."""
-        return rounded_linear(x.values, x.scale, self._values, self._scale, x.dtype)
+        return rounded_linear(x.values, x.scale, self._values, self._scale, x.dtype, keeps_pieces)
+
+    def gated_rounded(self, x: Rounded, to: torch.dtype) -> Rounded:
+        """The product of rows that are integers already, gated and rounded."""
+        return Rounded(*rounded_gated_linear(x.values, x.scale, self._values, self._scale, x.dtype, to), x.dtype)
 
     def unpack(self) -> torch.Tensor:
         weight = self._values.float() * self._scale.unsqueeze(1)

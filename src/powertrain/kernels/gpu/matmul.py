@@ -98,11 +98,11 @@ def dense_linear(x: torch.Tensor, weight: torch.Tensor, keeps_pieces: bool = Fal
 
 def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`kernels.matmul.gated_linear` for at most `MAX_SKINNY_ROWS` rows, or more where settings were measured."""
-    if x.shape[0] > MAX_SKINNY_ROWS:
-        return silu_mul(dense_linear(x, weight))
     tile = tile_config(x, weight.shape[0] // 2, is_gated=True)
     if tile is not None:
         return matrix_product(x, weight, None, tile, True)
+    if x.shape[0] > MAX_SKINNY_ROWS:
+        return silu_mul(dense_linear(x, weight))
     return skinny_linear(x, weight, config_for(x, weight.shape[0] // 2, gated=True), gated=True)
 
 

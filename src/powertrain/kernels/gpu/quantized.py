@@ -17,11 +17,11 @@ from powertrain.kernels.gpu.conversions import (
     byte_floats,
     int4_floats,
     quantize_rows,
-    scale_integers,
     unpack_int4,
     widen_bytes,
 )
 from powertrain.kernels.gpu.launch import bytes_ahead, launch_options, prefetch, prefetch_rows, wait_turn
+from powertrain.kernels.gpu.rounded_matmul import rounded_linear
 from powertrain.kernels.gpu.splits import sum_splits
 from powertrain.kernels.gpu.tuned_table import measured
 from powertrain.kernels.quantized import FLOAT8_BLOCK, MAX_UNROUNDED_ROWS, Int4Blocks
@@ -234,6 +234,11 @@ def _matrix_kernel(
     turns = tl.cdiv(num_turns, tl.num_programs(1))
     first = tl.program_id(1) * turns * INPUTS
     end = tl.minimum(first + turns * INPUTS, in_features)
+    last = end
+    if not HAS_BLOCKS:
+        # at least one turn, maybe of zeros: around a loop that may be skipped the tensor cores' work is not overlapped
+        last = tl.maximum(end, first + 1)
+        tl.assume(first < last)
     column = tl.minimum(columns, out_features - 1)
     own = values + column.to(tl.int64) * in_features
     half = out_features.to(tl.int64) * in_features
@@ -245,7 +250,7 @@ def _matrix_kernel(
     x_at = x + tl.minimum(rows, num_rows - 1)[:, None] * x_stride + inputs[None, :]
     acc = _zeros(ROWS, OUTPUTS, SWAPS)
     up = _zeros(ROWS, OUTPUTS, SWAPS)
-    for start in range(first, end, INPUTS):
+    for start in range(first, last, INPUTS):
         inside = (start + inputs < end)[None, :]
         a = tl.load(x_at + start, inside, other=0.0)
         at = own[:, None] + inputs[None, :] + start
@@ -289,7 +294,7 @@ def float8_linear(
     if x.shape[0] <= MAX_UNROUNDED_ROWS or not rounds_input or scale.ndim == 2:
         return byte_linear(x, values, scale, is_gated, keeps_pieces)
     narrow, own = quantize_rows(x, torch.float8_e4m3fn)
-    product = rounded_linear(narrow, own, values, scale, x.dtype)
+    product = rounded_linear(narrow, own, values, scale, x.dtype, keeps_pieces)
     return silu_mul(product) if is_gated else product
 
 
@@ -304,18 +309,6 @@ def int8_rounded_linear(x: torch.Tensor, values: torch.Tensor, scale: torch.Tens
         return byte_linear(x, values, scale, is_gated=False)
     narrow, own = quantize_rows(x, torch.int8)
     return rounded_linear(narrow, own, values, scale, x.dtype)
-
-
-def rounded_linear(
-    x: torch.Tensor, x_scale: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """`kernels.quantized.rounded_linear`, by the library."""
-    if x.dtype == torch.int8:
-        return scale_integers(torch._int_mm(x, values.t()), x_scale, scale, dtype)
-    product = torch._scaled_mm(
-        x, values.t(), scale_a=x_scale.unsqueeze(1), scale_b=scale.unsqueeze(0), out_dtype=torch.bfloat16
-    )
-    return product.to(dtype)
 
 
 def byte_linear(

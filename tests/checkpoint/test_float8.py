@@ -10,15 +10,22 @@ import pytest
 import torch
 from compressed_tensors.compressors.naive_quantized.base import FloatQuantizationCompressor
 from compressed_tensors.entrypoints.convert.converters import FP8BlockDequantizer
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization import (
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+    preset_name_to_scheme,
+)
+from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from powertrain.checkpoint.compressed_tensors import scheme_of
-from powertrain.checkpoint.float8 import Float8Scheme, fp8_scheme_of, load_float8_weight
+from powertrain.checkpoint.float8 import Float8Scheme, float8_weight_tensors, fp8_scheme_of, load_float8_weight
 from powertrain.checkpoint.load import load_model
 from powertrain.checkpoint.quantized import QuantizedMatrix, load_quantized, running_formats
 from powertrain.checkpoint.source import Checkpoint, open_checkpoint
+from powertrain.compress.floats import to_float8
 from powertrain.kernels.quantized import dequantize_float8
 from powertrain.model.decoder import Decoder
 from powertrain.model.float8 import Float8Weight
@@ -199,6 +206,80 @@ def test_transformers_runs_dynamic_activations_to_the_same_logits(
     assert (model.score(IDS) - expected).abs().mean() < 0.25 * (unrounded - expected).abs().mean()
 
 
+def static_scheme(strategy: str) -> QuantizationScheme:
+    """The library's FP8, whose inputs have one scale in the file; weights with one for each output are common too."""
+    scheme = preset_name_to_scheme("FP8", ["Linear"])
+    return scheme.model_copy(update={"weights": scheme.weights.model_copy(update={"strategy": strategy})})
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "channel"])
+@pytest.mark.parametrize("shape", [(1,), ()])
+def test_static_input_scales_round_as_the_library_does(strategy: str, shape: tuple[int, ...]) -> None:
+    scheme = static_scheme(strategy)
+    generator = torch.Generator().manual_seed(0)
+    tensors, decoded = compress(torch.randn(24, 40, generator=generator), scheme)
+    x = torch.randn(50, 40, generator=generator)
+    # half of the largest input, so that some are cut
+    scale = (x.abs().amax() / 896).view(shape)
+    matrix = matrix_of(tensors | {"input_scale": scale}, library_config(scheme), (24, 40))
+    (fmt,) = running_formats([matrix], CPU)
+    module = torch.nn.Linear(40, 24)
+    module.quantization_status = QuantizationStatus.COMPRESSED
+    module.input_scale = torch.nn.Parameter(scale.view(1), requires_grad=False)
+    rounded = forward_quantize(module, x, "input", scheme.input_activations)
+    assert (rounded - x).abs().max() > 0.5
+    torch.testing.assert_close(fmt.matmul(x), rounded @ decoded.t())
+    assert (fmt.name, fmt.nbytes(), fmt.out_features) == ("fp8 a8 static", 24 * 44, 24)
+    assert torch.equal(fmt.unpack(), decoded)
+
+
+def test_products_are_one_where_their_inputs_scales_agree() -> None:
+    values = torch.ones(8, 40).to(FP8)
+    parts = [QuantizedMatrix(Float8Weight(values, torch.ones(8)), True, input_scale=scale) for scale in (0.5, 0.5, 2.0)]
+    assert [fmt.out_features for fmt in running_formats(parts[:2], CPU)] == [16]
+    assert [fmt.out_features for fmt in running_formats(parts, CPU)] == [8, 8, 8]
+
+
+def test_transformers_runs_a_folder_of_static_input_scales_to_the_same_logits(
+    tiny_model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    import transformers
+
+    scheme = static_scheme("tensor")
+
+    def quantize(layer: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        rounded, _ = to_float8(weight, "tensor", name=layer)
+        tensors = float8_weight_tensors("a", rounded, "tensor", input_scale=0.02)
+        return {name.removeprefix("a."): tensor for name, tensor in tensors.items()}, rounded.dequantize()
+
+    quantized, dense = write_pair(tiny_model_dir("llama"), tmp_path, library_config(scheme), quantize)
+    model = load_model(open_checkpoint(quantized), "cpu", torch.float32)
+    assert model.formats() == ["float32", "fp8 a8 static"]
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(quantized, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(IDS[None]).logits[0]
+    unrounded = load_model(open_checkpoint(dense), "cpu", torch.float32).score(IDS)
+    assert (model.score(IDS) - expected).abs().mean() < 0.25 * (unrounded - expected).abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (None, "no tensor named .*input_scale"),
+        (torch.zeros(1), "input_scale is 0.0, expected a positive number"),
+        (torch.tensor(float("inf")), "input_scale is inf"),
+        (torch.ones(2), r"input_scale has shape \[2\]"),
+        (torch.ones(1, dtype=torch.int32), "input_scale is torch.int32"),
+    ],
+)
+def test_static_input_scales_that_cannot_be_are_refused(scale: torch.Tensor | None, message: str) -> None:
+    tensors, _ = compress(torch.randn(24, 40), static_scheme("tensor"))
+    if scale is not None:
+        tensors["input_scale"] = scale
+    with pytest.raises(ModelFileError, match=message):
+        matrix_of(tensors, library_config(static_scheme("tensor")), (24, 40))
+
+
 def test_blocks_that_stay_whole_are_one_product() -> None:
     def matrix(rows: int, seed: int, rounds_input: bool = True) -> QuantizedMatrix:
         generator = torch.Generator().manual_seed(seed)
@@ -263,7 +344,12 @@ LIBRARY_REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("weights", {"strategy": "group", "group_size": 128}, "strategy 'group' cannot be run for 8-bit floats"),
     ("weights", {"strategy": "block", "block_structure": [64, 64]}, r"block_structure \[64, 64\]"),
     ("weights", {"strategy": "block", "block_structure": [128, 128]}, "beside block scales only .* per group of 128"),
-    ("input_activations", {"dynamic": False}, "static input scales cannot be run; dynamic ones"),
+    (
+        "input_activations",
+        {"dynamic": False},
+        "static input scales can be run with strategy tensor, beside weights not",
+    ),
+    ("input_activations", {"dynamic": "local"}, "beside channel scales only symmetric float of 8 bits, per token"),
     ("input_activations", {"type": "int"}, "beside channel scales only symmetric float of 8 bits, per token"),
     ("input_activations", {"strategy": "tensor"}, "beside channel scales only"),
     ("input_activations", {"strategy": "group", "group_size": 128}, "beside channel scales only"),

@@ -3,7 +3,7 @@
 A value in [-2^(b-1), 2^(b-1) - 1] is stored plus 2^(b-1); element i of a row lies at bit i * b, low end first, in
 consecutive words. Zero points are packed the same way, but down the output axis. That is `pack-quantized`; schemes that
 quantize activations too are stored as `int-quantized`: int8 `weight` and `weight_zero_point`, whatever the bits.
-8-bit floats (`float-quantized`) are read by `checkpoint/float8.py`.
+Floats are read by `checkpoint/float8.py` and `checkpoint/float4.py`.
 Format: https://github.com/neuralmagic/compressed-tensors
 """
 
@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from powertrain.checkpoint.float8 import BLOCK, Float8Scheme, Strategy
+from powertrain.checkpoint.float4 import FLOAT4_FORMATS, Float4Scheme, float4_scheme_of
+from powertrain.checkpoint.float8 import BLOCK, FLOAT8, Float8Scheme, Strategy
 from powertrain.checkpoint.quantization_config import quantization_of, refuse
 from powertrain.checkpoint.source import Checkpoint, load_checked
 from powertrain.kernels.quantized import FLOAT8_BLOCK
@@ -24,7 +25,6 @@ from powertrain.model.weights import IntWeight
 from powertrain.types import ModelFileError, QuantScheme
 
 PACKED, PLAIN = "pack-quantized", "int-quantized"
-FLOAT8 = "float-quantized"
 MIXED = "mixed-precision"
 LINEAR = "Linear"
 
@@ -166,7 +166,7 @@ def _input_activations(scheme: QuantScheme) -> dict[str, Any] | None:
     }
 
 
-def scheme_of(config: Mapping[str, Any], layer_name: str) -> QuantScheme | Float8Scheme | None:
+def scheme_of(config: Mapping[str, Any], layer_name: str) -> QuantScheme | Float8Scheme | Float4Scheme | None:
     """How the Linear `layer_name` is quantized according to a model's `config.json`; None if it is not.
 
     A target is a name, a pattern (`re:` and a regular expression matched from the start) or the class `Linear`, in
@@ -229,12 +229,15 @@ def _is_group(group: Any) -> bool:
     )
 
 
-def _scheme(group: Mapping[str, Any], default_format: Any) -> QuantScheme | Float8Scheme:
+def _scheme(group: Mapping[str, Any], default_format: Any) -> QuantScheme | Float8Scheme | Float4Scheme:
     found_format = group.get("format") or default_format
-    if found_format not in (PACKED, PLAIN, FLOAT8):
-        refuse(f"format {found_format!r} cannot be run; {PACKED}, {PLAIN} and {FLOAT8} can")
+    runnable = (PACKED, PLAIN, FLOAT8, *FLOAT4_FORMATS)
+    if found_format not in runnable:
+        refuse(f"format {found_format!r} cannot be run; {', '.join(runnable)} can")
     if group.get("output_activations") is not None:
         refuse("output_activations: quantized outputs cannot be run")
+    if found_format in FLOAT4_FORMATS:
+        return float4_scheme_of(group, found_format)
     return _float8_scheme(group) if found_format == FLOAT8 else _int_scheme(group)
 
 
@@ -284,21 +287,29 @@ def _float8_scheme(group: Mapping[str, Any]) -> Float8Scheme:
         refuse(f"strategy {strategy!r} cannot be run for 8-bit floats; tensor, channel and block can")
     if strategy == "block" and weights.get("block_structure") not in (BLOCK, f"{BLOCK[0]}x{BLOCK[1]}"):
         refuse(f"block_structure {weights.get('block_structure')!r} cannot be run; {BLOCK} can")
-    return Float8Scheme(strategy, _rounds_to_float8(group.get("input_activations"), strategy))
+    rounds_input, has_input_scale = _float8_input(group.get("input_activations"), strategy)
+    return Float8Scheme(strategy, rounds_input, has_input_scale=has_input_scale)
 
 
-def _rounds_to_float8(activations: Any, strategy: Strategy) -> bool:
-    """Whether inputs are rounded, to scales found per token or, for a matrix of blocks, per block of a token."""
+def _float8_input(activations: Any, strategy: Strategy) -> tuple[bool, bool]:
+    """Whether inputs are rounded, and whether to a scale in the file.
+
+    Else to scales found per token or, beside a matrix of blocks, per block of a token.
+    """
     if activations is None:
-        return False
+        return False, False
     if not isinstance(activations, dict):
         refuse("input_activations is no mapping")
-    if activations.get("dynamic") is not True:
-        refuse("input_activations: static input scales cannot be run; dynamic ones, found at run time, can")
     found = [activations.get(key, default) for key, default in (("num_bits", 8), ("type", "int"), ("symmetric", True))]
+    if found == [8, "float", True] and activations.get("dynamic") in (None, False):
+        if activations.get("strategy") not in (None, "tensor") or strategy == "block":
+            refuse(
+                "input_activations: static input scales can be run with strategy tensor, beside weights not in blocks"
+            )
+        return True, True
     is_block = activations.get("strategy") == "group" and activations.get("group_size") == FLOAT8_BLOCK
     is_fitting = is_block if strategy == "block" else activations.get("strategy") == "token"
-    if found != [8, "float", True] or not is_fitting:
+    if found != [8, "float", True] or activations.get("dynamic") is not True or not is_fitting:
         wanted = f"per group of {FLOAT8_BLOCK}" if strategy == "block" else "per token"
         refuse(f"input_activations: beside {strategy} scales only symmetric float of 8 bits, {wanted}, can be run")
-    return True
+    return True, False

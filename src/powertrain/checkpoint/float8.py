@@ -22,20 +22,23 @@ from powertrain.kernels.quantized import FLOAT8_BLOCK
 from powertrain.model.float8 import Float8Weight
 from powertrain.types import ModelFileError
 
+FLOAT8 = "float-quantized"
 BLOCK = [FLOAT8_BLOCK, FLOAT8_BLOCK]
 Strategy = Literal["tensor", "channel", "block"]
 
 
 @dataclass(frozen=True, slots=True)
 class Float8Scheme:
-    """`strategy`: which weights share a scale. `rounds_input`: the input is rounded to 8-bit floats at run time.
+    """`strategy`: which weights share a scale. `rounds_input`: the input is rounded to 8-bit floats.
 
-    `scale_name`: the last part of the name of the scales' tensor.
+    Its scales are found at run time, or the file has one, `input_scale` (`has_input_scale`).
+    `scale_name`: the last part of the name of the weights' scales.
     """
 
     strategy: Strategy
     rounds_input: bool
     scale_name: str = "weight_scale"
+    has_input_scale: bool = False
 
 
 def fp8_scheme_of(quantization: Mapping[str, Any], layer: str, has_head_scale: bool) -> Float8Scheme | None:
@@ -91,3 +94,28 @@ def load_float8_weight(
     if scheme.strategy != "block":
         scale = scale.flatten().expand(rows).contiguous()
     return Float8Weight(values, scale)
+
+
+def load_input_scale(checkpoint: Checkpoint, layer: str) -> float:
+    """The one scale of a layer's inputs. Raises `ModelFileError` naming the tensor that is missing or cannot be."""
+    name = f"{layer}.input_scale"
+    scale = float(load_checked(checkpoint, name, () if tuple(checkpoint.shape(name)) == () else (1,)))
+    if not 0 < scale < float("inf"):
+        raise ModelFileError(f"{checkpoint.path}: {name} is {scale}, expected a positive number")
+    return scale
+
+
+def float8_weight_tensors(
+    prefix: str, weight: Float8Weight, strategy: Strategy, input_scale: float | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors of one layer (`model.layers.0.mlp.up_proj`) as compressed-tensors stores them.
+
+    `strategy` is what the weight was rounded with. `input_scale`: of inputs that are rounded to one, absmax / 448.
+    """
+    scale = weight.scale
+    if strategy != "block":
+        scale = scale[:1] if strategy == "tensor" else scale.unsqueeze(1)
+    tensors = {f"{prefix}.weight": weight.values, f"{prefix}.weight_scale": scale.contiguous()}
+    if input_scale is not None:
+        tensors[f"{prefix}.input_scale"] = torch.tensor([input_scale])
+    return tensors

@@ -22,6 +22,7 @@ from powertrain.kernels import gpu_provider, native
 from powertrain.kernels.rounding import quantize_to_float8
 from powertrain.model.decoder import Decoder
 from powertrain.model.families import ModelConfig, model_config
+from powertrain.model.float4 import Float4Weight
 from powertrain.model.float8 import Float8, Float8Weight
 from powertrain.model.gpu_memory import must_fit
 from powertrain.model.gpu_weights import Int4Blocked
@@ -105,9 +106,11 @@ def load_model(
         if not quantized:
             return [plain(layers)]
         if len(quantized) == len(layers):
-            return running_formats(quantized, device)
-        apart = zip(layers, loaded, strict=True)
-        return [plain([layer]) if matrix is None else running_formats([matrix], device)[0] for layer, matrix in apart]
+            return running_formats(quantized, device, dtype)
+        return [
+            plain([layer]) if matrix is None else running_formats([matrix], device, dtype)[0]
+            for layer, matrix in zip(layers, loaded, strict=True)
+        ]
 
     def vector(name: str, size: int) -> torch.Tensor:
         return dense(name, (size,))
@@ -415,9 +418,11 @@ def _part(checkpoint: Checkpoint, layer: str, shape: tuple[int, int]) -> Part:
     quantized = None if layer == EMBEDDING else load_quantized(checkpoint, layer, shape)
     if quantized is not None:
         weight = quantized.weight
+        if isinstance(weight, Float4Weight):
+            weight = weight.as_integers() or weight
         if isinstance(weight, IntWeight) and weight.input_order is None:
             return int_part(weight, quantized.rounds_input)
-        # no kernel reorders its input, and an 8-bit float times its scale fits no float narrower than this
+        # no kernel reorders its input, and a float times its scale and divisor fits no float narrower than this
         return weight.dequantize()
     name = f"{layer}.weight"
     if name not in checkpoint.names():

@@ -14,7 +14,7 @@ from powertrain.kernels.quantized import (
     rounded_gated_linear,
     rounded_linear,
 )
-from powertrain.kernels.rounding import Rounded
+from powertrain.kernels.rounding import LARGEST_FLOAT8, Rounded
 
 
 class Float8Weight(NamedTuple):
@@ -80,6 +80,28 @@ class Float8:
 
     def nbytes(self) -> int:
         return self.step_bytes()
+
+
+class ScaledFloat8Input:
+    """8-bit floats whose input is rounded to the one scale that the checkpoint has for it; larger inputs are cut."""
+
+    def __init__(self, weight: Float8, input_scale: float) -> None:
+        """weight: one that does not round its input itself."""
+        self._weight, self._input_scale = weight, input_scale
+        self.name, self.out_features = f"{weight.name} a8 static", weight.out_features
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        steps = (x.float() / self._input_scale).clamp_(-LARGEST_FLOAT8, LARGEST_FLOAT8)
+        return self._weight.matmul((steps.to(torch.float8_e4m3fn).float() * self._input_scale).to(x.dtype))
+
+    def unpack(self) -> torch.Tensor:
+        return self._weight.unpack()
+
+    def step_bytes(self) -> int:
+        return self._weight.step_bytes()
+
+    def nbytes(self) -> int:
+        return self._weight.nbytes()
 
 
 def concat_float8_weights(weights: Sequence[Float8Weight]) -> Float8Weight | None:

@@ -99,6 +99,8 @@ class Float4:
 
 def concat_float4_weights(weights: Sequence[Float4Weight]) -> Float4Weight:
     """Stack matrices of one kind with the same inputs along their outputs; each output keeps its own divisor."""
+    if len(weights) == 1:
+        return weights[0]
     divisors = [w.global_scale.expand(len(w.packed)) for w in weights if w.global_scale is not None]
     return Float4Weight(
         torch.cat([w.packed for w in weights]),

@@ -36,11 +36,11 @@ from powertrain.kernels.rounding import quantize_to_float8
 from powertrain.measure import record
 from powertrain.measure.scoring import targets
 from powertrain.measure.statistics import TokenScores, compare_logits, summarize
-from powertrain.measure.text_data import Window, encode_texts, read_texts, spread, token_sha256, windows_of
 from powertrain.model.decoder import Decoder
 from powertrain.model.float8 import Float8, Float8Weight
 from powertrain.model.quantized_input import QuantizedInput
 from powertrain.model.weights import IntWeight, WeightFormat, pack_int_weight
+from powertrain.text_data import Window, encode_texts, read_texts, spread, token_sha256, windows_of
 from powertrain.types import PowertrainError, QuantScheme, Request, SamplingParams
 
 LONG_CHUNK, SHORT_CHUNKS = 512, (48, 1)

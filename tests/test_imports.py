@@ -20,7 +20,7 @@ MODEL = BASE | {"kernels", "model"}
 CHECKPOINT = MODEL | TOKENIZER | {"checkpoint"}
 FACES = CHECKPOINT | {"engine", "llm", "outputs", "serve"}
 COMMAND_LINE = {"cli", "cli_options", "cli_output"}
-EVERYTHING = FACES | {"compress", "measure", "optimize"} | COMMAND_LINE
+EVERYTHING = FACES | {"compress", "measure", "optimize", "text_data"} | COMMAND_LINE
 
 MAY_IMPORT = {
     "types": set(),
@@ -28,8 +28,9 @@ MAY_IMPORT = {
     **dict.fromkeys(TOKENIZER, TOKENIZER | {"types"}),
     "kernels": BASE | {"kernels"},
     "model": MODEL,
+    "text_data": TOKENIZER | {"types"},
     "checkpoint": CHECKPOINT,
-    "compress": CHECKPOINT | {"compress"},
+    "compress": CHECKPOINT | {"compress", "text_data"},
     "engine": CHECKPOINT | {"engine"},
     "outputs": TOKENIZER | {"types"},
     "llm": FACES,

@@ -15,7 +15,7 @@ from powertrain.checkpoint.load import load_model
 from powertrain.checkpoint.source import open_checkpoint
 from powertrain.checkpoint.tokenizer_files import load_tokenizer
 from powertrain.measure.statistics import TokenScores, compare_logits, summarize
-from powertrain.measure.text_data import Window, encode_texts, read_texts, spread, token_sha256, windows_of
+from powertrain.text_data import Window, encode_texts, read_texts, spread, token_sha256, windows_of
 
 SHOWN = ("kl_mean", "kl_p99", "top1_agreement", "ppl_candidate", "ppl_reference")
 

@@ -15,6 +15,7 @@ from powertrain.cli_options import (
     Device,
     DType,
     JsonFile,
+    Method,
     Model,
     RandomFormat,
     RandomWeights,
@@ -231,6 +232,14 @@ def compress(
     group_size: Annotated[
         str | None, typer.Option(help="With a preset: weights that share a scale, or channel.", metavar="N|channel")
     ] = None,
+    method: Annotated[Method | None, typer.Option(help="With a preset: how weights are rounded.")] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(help="What gptq looks at: text files, or self: the model's own.", metavar="FILE|self"),
+    ] = None,
+    calibration_samples: Annotated[int, typer.Option(min=1, help="Windows of the text.")] = 128,
+    calibration_length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of the windows' places.")] = 0,
     dtype: Annotated[DType, typer.Option(help="Type of scales and of what stays dense.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what each layer would get; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
@@ -242,16 +251,35 @@ def compress(
     from powertrain.compress.recipe import SCHEMES
 
     chosen: str | dict[str, Any] = recipe
-    if group_size is not None:
+    if group_size is not None or method is not None:
         if recipe not in SCHEMES:
-            raise PowertrainError("--group-size goes with a preset; in a recipe file it is a key of each step")
-        size = group_size if group_size == "channel" else comma_numbers("--group-size", group_size)[0]
-        chosen = {"steps": [{"match": "Linear", "scheme": recipe, "group_size": size}]}
+            flag = "--group-size" if group_size is not None else "--method"
+            raise PowertrainError(f"{flag} goes with a preset; in a recipe file it is a key of each step")
+        step: dict[str, Any] = {"match": "Linear", "scheme": recipe, "method": method or "rtn"}
+        if group_size is not None:
+            step["group_size"] = group_size if group_size == "channel" else comma_numbers("--group-size", group_size)[0]
+        chosen = {"steps": [step]}
     if dry_run:
         print(plan_compression(model, chosen, dtype=dtype).table())
         return
     with progress_bars() as progress:
-        report = run(model, out, chosen, dtype=dtype, overwrite=overwrite, progress=progress)
+        data: Any = calibration
+        if calibration == ["self"]:
+            from powertrain.measure.self_text import own_texts
+
+            data = own_texts(model, calibration_samples, calibration_length, seed=seed, progress=progress)
+        report = run(
+            model,
+            out,
+            chosen,
+            dtype=dtype,
+            calibration=data,
+            num_samples=calibration_samples,
+            length=calibration_length,
+            seed=seed,
+            overwrite=overwrite,
+            progress=progress,
+        )
     print(report.summary())
     write_json(json, report.to_dict())
     say(f"next: powertrain evaluate {out} --reference {model}")

@@ -69,7 +69,7 @@ def step(**entries):
         ({"step": []}, "recipe: unknown key 'step'; the known ones are name, steps"),
         ({"steps": ["W4A16"]}, r"steps\[0\]: a step is a mapping"),
         (step(groupsize=64), r"recipe: steps\[0\]: unknown key 'groupsize'; the known ones are match, ignore"),
-        (step(method="gptq"), r"steps\[0\].method is unknown: 'gptq'; the known ones are rtn"),
+        (step(method="hqq"), r"steps\[0\].method is unknown: 'hqq'; the known ones are rtn, gptq"),
         (step(scheme="W3A16"), r"steps\[0\].scheme is unknown: 'W3A16'; the known ones are W4A16"),
         ({"steps": [{"match": "Linear"}]}, r"steps\[0\].scheme is missing; the known ones are W4A16"),
         ({"steps": [{"scheme": "W4A16"}]}, r"steps\[0\].match must be"),

@@ -16,7 +16,7 @@ from powertrain.compress import compress
 from powertrain.kernels import native
 from powertrain.measure.evaluate import Reference, evaluate, perplexity
 from powertrain.measure.scoring import Model, read_model
-from powertrain.measure.text_data import Window, windows_of
+from powertrain.text_data import Window, windows_of
 from powertrain.types import PowertrainError
 
 TinyModel = Callable[[str], Path]

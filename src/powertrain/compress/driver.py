@@ -16,12 +16,19 @@ from powertrain.checkpoint.compressed_tensors import int_weight_tensors, quantiz
 from powertrain.checkpoint.hub import resolve_model
 from powertrain.checkpoint.safetensors_folder import write_checkpoint
 from powertrain.checkpoint.source import Checkpoint, open_checkpoint
+from powertrain.compress.blockwise import CalibratedWalk, block_of, names_by_block
+from powertrain.compress.calibrate import LENGTH, NUM_SAMPLES, CalibrationData, CalibrationSet, calibration_set
+from powertrain.compress.gptq import Moments, gptq
 from powertrain.compress.leak import Grid, describe_leaks, find_grid
 from powertrain.compress.manifest import MANIFEST_FILE, manifest_text, weights_sha256
-from powertrain.compress.plan import CompressionPlan, LayerPlan, make_plan, target_groups
+from powertrain.compress.plan import EMBEDDING, CompressionPlan, LayerPlan, make_plan, target_groups
 from powertrain.compress.quantize import rtn
 from powertrain.compress.recipe import CHANNEL, Recipe, load_recipe
+from powertrain.model.families import model_config
+from powertrain.model.weights import IntWeight
 from powertrain.types import PowertrainError
+
+FINAL_NORM = "model.norm.weight"
 
 Progress = Callable[[str, float, float | None], None]
 """Called as (what, done, total)."""
@@ -51,6 +58,7 @@ class CompressionReport:
     source: str
     source_sha256: str
     recipe: Recipe
+    calibration: CalibrationSet | None
     dtype: str
     layers: tuple[LayerReport, ...]
     num_parameters: int
@@ -76,6 +84,7 @@ class CompressionReport:
             "software": {"powertrain": __version__, "torch": torch.__version__},
             "source": {"model": self.source, "sha256": self.source_sha256, "bytes": self.source_nbytes},
             "recipe": self.recipe.to_dict(),
+            "calibration": self.calibration.to_dict() if self.calibration is not None else None,
             "dtype": self.dtype,
             "num_parameters": self.num_parameters,
             "bytes": self.nbytes,
@@ -112,6 +121,10 @@ def compress(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     *,
     dtype: str = "auto",
+    calibration: CalibrationData | None = None,
+    num_samples: int = NUM_SAMPLES,
+    length: int = LENGTH,
+    seed: int = 0,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> CompressionReport:
@@ -120,13 +133,16 @@ def compress(
     `recipe` is a preset name, a YAML file, a dictionary or a `Recipe`. `dtype` is that of the scales and of the tensors
     that stay dense (`auto`: half precision as the source has it, else bfloat16). The folder appears whole or not at
     all; it holds weights, config, tokenizer files and the manifest `powertrain.json`. An existing output is replaced
-    only with `overwrite`. Raises `PowertrainError` naming the layer, key or file at fault.
+    only with `overwrite`. `calibration`, for methods that need it: a file of text or JSON lines, several, or sequences
+    of token ids, of which `num_samples` windows of `length` tokens are drawn by `seed`. Raises `PowertrainError` naming
+    the layer, key or file at fault.
     """
     started = time.perf_counter()
     parsed = load_recipe(recipe)
     checkpoint = open_checkpoint(resolve_model(model))
     plan = make_plan(checkpoint, parsed, dtype)
-    writer = _Writer(checkpoint, plan, progress)
+    samples = _calibration(checkpoint, plan, calibration, num_samples, length, seed)
+    writer = _Writer(checkpoint, plan, samples, progress)
     extra_files: dict[str, bytes | str] = _text_files(checkpoint)
     reports: list[CompressionReport] = []
 
@@ -140,32 +156,113 @@ def compress(
     return reports[0]
 
 
-class _Writer:
-    """Turns a plan into tensors, in the source's order, and remembers what became of each."""
+def _calibration(
+    checkpoint: Checkpoint,
+    plan: CompressionPlan,
+    data: CalibrationData | None,
+    num_samples: int,
+    length: int,
+    seed: int,
+) -> CalibrationSet | None:
+    """The calibration set, where a step of the plan looks at one."""
+    methods = {layer.step.method for layer in plan.layers if layer.step.is_calibrated}
+    if not methods:
+        return None
+    if data is None:
+        raise PowertrainError(f"{', '.join(sorted(methods))} needs calibration text: give --calibration FILE, or self")
+    return calibration_set(data, checkpoint, num_samples=num_samples, length=length, seed=seed)
 
-    def __init__(self, checkpoint: Checkpoint, plan: CompressionPlan, progress: Progress | None) -> None:
+
+class _Writer:
+    """Turns a plan into tensors, block by block, and remembers what became of each."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: CompressionPlan,
+        calibration: CalibrationSet | None,
+        progress: Progress | None,
+    ) -> None:
         self._checkpoint = checkpoint
         self._plan = plan
+        self._calibration = calibration
         self._progress = progress
+        self._done = 0
         self._layers: list[LayerReport] = []
         self._grids: list[tuple[str, Grid | None]] = []
         self._nbytes = 0
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        by_source: dict[str, list[LayerPlan]] = {}
+        walk = self._walk()
+        first, blocks, rest = names_by_block(self._checkpoint.names())
+        for name in first:
+            yield from self._emit(name, self._load(name), {})
+        for index, names in enumerate(blocks):
+            weights = {name: self._load(name) for name in names}
+            found = self._quantized_block(index, weights, walk)
+            for name, weight in weights.items():
+                yield from self._emit(name, weight, found)
+        for name in rest:
+            yield from self._emit(name, self._load(name), {})
+        yield from self._head(walk)
+
+    def _walk(self) -> CalibratedWalk | None:
+        """The calibration's way through the model, if a step wants it."""
+        steps = [layer.step for layer in self._plan.layers]
+        if self._calibration is None or not any(step.is_calibrated for step in steps):
+            return None
+        embedding = self._checkpoint.load(f"{EMBEDDING}.weight")
+        return CalibratedWalk(
+            model_config(self._checkpoint.config),
+            embedding,
+            self._calibration.token_ids,
+            keeps_original=any(step.correction == "asymmetric" for step in steps),
+        )
+
+    def _load(self, name: str) -> torch.Tensor:
+        weight = self._checkpoint.load(name)
+        if weight.dim() == 2:
+            self._grids.append((name, find_grid(weight)))
+        return weight
+
+    def _quantized_block(
+        self, index: int, weights: dict[str, torch.Tensor], walk: CalibratedWalk | None
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """The stored tensors of each matrix of a block that the plan quantizes, by its layer's name."""
+        prefix = f"model.layers.{index}."
+        layers = {layer.name: layer for layer in self._plan.layers if f"{layer.name}.weight" in weights}
+        if walk is None:
+            return {name: self._quantize(layer, weights[f"{name}.weight"])[0] for name, layer in layers.items()}
+        found: dict[str, dict[str, torch.Tensor]] = {}
+
+        def compress_one(name: str, weight: torch.Tensor, moments: Moments) -> torch.Tensor:
+            tensors, quantized = self._quantize(layers[prefix + name], weight, moments)
+            found[prefix + name] = tensors
+            return quantized.dequantize()
+
+        within = {name.removeprefix(prefix): weight.float() for name, weight in weights.items()}
+        walk.through(index, within, {name.removeprefix(prefix) for name in layers}, compress_one)
+        return found
+
+    def _head(self, walk: CalibratedWalk | None) -> Iterator[tuple[str, torch.Tensor]]:
+        """A head that is quantized comes last: its inputs are the last block's outputs."""
         for layer in self._plan.layers:
-            by_source.setdefault(layer.source, []).append(layer)
-        names = self._checkpoint.names()
-        for done, name in enumerate(names):
-            weight = self._checkpoint.load(name)
-            if weight.dim() == 2:
-                self._grids.append((name, find_grid(weight)))
-            if name in self._plan.dense:
-                yield from self._count({name: self._dense(name, weight)})
-            for layer in by_source.get(name, ()):
-                yield from self._count(self._quantize(layer, weight))
-            if self._progress is not None:
-                self._progress("compress", done + 1, len(names))
+            if block_of(layer.name) is None:
+                moments = None if walk is None else walk.head_moments(self._checkpoint.load(FINAL_NORM).float())
+                yield from self._count(self._quantize(layer, self._checkpoint.load(layer.source), moments)[0])
+
+    def _emit(
+        self, name: str, weight: torch.Tensor, quantized: dict[str, dict[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        if name in self._plan.dense:
+            yield from self._count({name: self._dense(name, weight)})
+            self._report_progress()
+        yield from self._count(quantized.get(name.removesuffix(".weight"), {}))
+
+    def _report_progress(self) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress("compress", self._done, len(self._plan.dense) + len(self._plan.layers))
 
     def _count(self, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         self._nbytes += sum(tensor.nbytes for tensor in tensors.values())
@@ -179,21 +276,32 @@ class _Writer:
             raise PowertrainError(f"{name}: holds NaN, infinity or a value beyond {self._plan.dtype}")
         return stored
 
-    def _quantize(self, layer: LayerPlan, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        quantized, error = rtn(weight, layer.scheme, scale_dtype=self._plan.dtype, name=layer.name)
+    def _quantize(
+        self, layer: LayerPlan, weight: torch.Tensor, moments: Moments | None = None
+    ) -> tuple[dict[str, torch.Tensor], IntWeight]:
+        """A matrix's tensors as they are stored, and its integers."""
+        step = layer.step
+        if step.method == "gptq":
+            assert moments is not None
+            quantized, error = gptq(
+                weight, layer.scheme, moments, step.gptq_options(), scale_dtype=self._plan.dtype, name=layer.name
+            )
+        else:
+            quantized, error = rtn(weight, layer.scheme, scale_dtype=self._plan.dtype, name=layer.name)
         tensors = int_weight_tensors(layer.name, quantized, stored_format(layer.scheme))
         self._layers.append(
             LayerReport(
                 name=layer.name,
                 shape=layer.shape,
-                method=layer.step.method,
-                scheme=layer.step.scheme_name,
+                method=step.method,
+                scheme=step.scheme_name,
                 group_size=layer.scheme.group_size or CHANNEL,
                 error=error,
                 nbytes=sum(tensor.nbytes for tensor in tensors.values()),
             )
         )
-        return tensors
+        self._report_progress()
+        return tensors, quantized
 
     def report(self, source: str, out: Path, seconds: float) -> CompressionReport:
         checkpoint = self._checkpoint
@@ -202,6 +310,7 @@ class _Writer:
             source=source,
             source_sha256=weights_sha256(checkpoint.path),
             recipe=self._plan.recipe,
+            calibration=self._calibration,
             dtype=str(self._plan.dtype).removeprefix("torch."),
             layers=tuple(self._layers),
             num_parameters=self._plan.num_parameters,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from powertrain.compress.gptq import MAX_DAMPING, GptqOptions
 from powertrain.types import PowertrainError, QuantScheme
 
 CHANNEL = "channel"
@@ -28,8 +29,9 @@ SCHEMES: dict[str, QuantScheme] = {
 Theirs is 128 for 4 bits, which does not divide the rows of many small models (576 = 9 * 64); so it is 64 here.
 """
 
-METHODS = ("rtn",)
+METHODS = ("rtn", "gptq")
 _STEP_KEYS = ("match", "ignore", "method", "scheme", "group_size", "group_size_fallback")
+_GPTQ_KEYS = ("actorder", "dampening_frac", "correction")
 _RECIPE_KEYS = ("name", "steps")
 
 
@@ -45,9 +47,20 @@ class Step:
     match: tuple[str, ...]
     scheme_name: str
     scheme: QuantScheme
-    method: Literal["rtn"] = "rtn"
+    method: Literal["rtn", "gptq"] = "rtn"
     ignore: tuple[str, ...] = ()
     group_size_fallback: Literal["refuse", "nearest"] = "refuse"
+    actorder: Literal["static", "none"] = "static"
+    dampening_frac: float = 0.01
+    correction: Literal["none", "asymmetric"] = "none"
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the method looks at activations."""
+        return self.method != "rtn"
+
+    def gptq_options(self) -> GptqOptions:
+        return GptqOptions(damping_frac=self.dampening_frac, orders_columns=self.actorder == "static")
 
     def matches(self, layer: str) -> bool:
         return any(_matches(p, layer) for p in self.match) and not any(_matches(p, layer) for p in self.ignore)
@@ -61,6 +74,7 @@ class Step:
             "scheme": self.scheme_name,
             "group_size": self.scheme.group_size or CHANNEL,
             "group_size_fallback": self.group_size_fallback,
+            **({key: getattr(self, key) for key in _GPTQ_KEYS} if self.method == "gptq" else {}),
         }
 
 
@@ -139,8 +153,8 @@ def _parse_step(value: Any, where: str) -> Step:
         return value
     if not isinstance(value, Mapping):
         raise PowertrainError(f"{where}: a step is a mapping like {{match: Linear, scheme: W4A16}}, got {value!r}")
-    _refuse_unknown_keys(value, _STEP_KEYS, where)
     method = _one_of(value.get("method", "rtn"), METHODS, f"{where}.method")
+    _refuse_unknown_keys(value, (*_STEP_KEYS, *(_GPTQ_KEYS if method == "gptq" else ())), where)
     scheme_name = _one_of(value.get("scheme"), tuple(SCHEMES), f"{where}.scheme")
     fallback = _one_of(
         value.get("group_size_fallback", "refuse"), ("refuse", "nearest"), f"{where}.group_size_fallback"
@@ -148,11 +162,23 @@ def _parse_step(value: Any, where: str) -> Step:
     return Step(
         match=_patterns(value.get("match") or None, f"{where}.match"),
         ignore=_patterns(value.get("ignore", []), f"{where}.ignore"),
-        method="rtn" if method == "rtn" else method,  # type: ignore[arg-type]
+        method=method,  # type: ignore[arg-type]
         scheme_name=scheme_name,
         scheme=_scheme(scheme_name, value, where),
         group_size_fallback="nearest" if fallback == "nearest" else "refuse",
+        **_gptq_fields(value, where),
     )
+
+
+def _gptq_fields(value: Mapping[str, Any], where: str) -> dict[str, Any]:
+    fraction = value.get("dampening_frac", 0.01)
+    if not isinstance(fraction, int | float) or isinstance(fraction, bool) or not 0 < fraction <= MAX_DAMPING:
+        raise PowertrainError(f"{where}.dampening_frac must be in (0, {MAX_DAMPING:g}], got {fraction!r}")
+    return {
+        "dampening_frac": float(fraction),
+        "actorder": _one_of(value.get("actorder", "static"), ("static", "none"), f"{where}.actorder"),
+        "correction": _one_of(value.get("correction", "none"), ("none", "asymmetric"), f"{where}.correction"),
+    }
 
 
 def _scheme(name: str, step: Mapping[str, Any], where: str) -> QuantScheme:

@@ -35,7 +35,7 @@ from powertrain.measure.statistics import (
     summarize_perplexity,
     token_nll,
 )
-from powertrain.measure.text_data import token_sha256
+from powertrain.text_data import token_sha256
 from powertrain.types import PowertrainError
 
 DEFAULT_WINDOW = 512

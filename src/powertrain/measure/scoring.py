@@ -12,7 +12,7 @@ import torch
 
 from powertrain.checkpoint.source import Checkpoint, open_checkpoint
 from powertrain.config import EngineConfig, resolve
-from powertrain.measure.text_data import Window, encode_texts, read_texts, spread, windows_of
+from powertrain.text_data import Window, encode_texts, read_texts, spread, windows_of
 from powertrain.types import PowertrainError
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from powertrain.config import EngineConfig
 from powertrain.engine.core import Engine
-from powertrain.measure.text_data import Window
 from powertrain.model.decoder import Decoder
+from powertrain.text_data import Window
 from powertrain.tokenizer import Tokenizer
 from powertrain.types import PowertrainError, Request, SamplingParams
 
@@ -59,6 +59,22 @@ def sample_windows(
         engine.add(Request(request_id=str(index), prompt_token_ids=opening, sampling=sampling))
     sampled = _run(engine, num_windows, sum(window - len(opening) for opening in openings), progress)
     return [Window((*opening, *ids), len(opening)) for opening, ids in zip(openings, sampled, strict=True)]
+
+
+def own_texts(
+    model: str, num_samples: int, length: int, *, seed: int = 0, progress: Progress | None = None
+) -> list[list[int]]:
+    """`num_samples` windows of `length` tokens that a model wrote, to calibrate it on: its openings belong to them."""
+    from powertrain.checkpoint.tokenizer_files import load_tokenizer
+    from powertrain.measure.scoring import read_model
+
+    read = read_model(model)
+    tokenizer = load_tokenizer(read.path)
+    num_tokens = num_samples * length
+    windows = sample_windows(
+        read.decoder, tokenizer, num_tokens=num_tokens, window=length, seed=seed, progress=progress
+    )
+    return [list(window.token_ids) for window in windows]
 
 
 def _engine_config(decoder: Decoder, batch: int, window: int) -> EngineConfig:

@@ -1,4 +1,4 @@
-"""Text for the judges: files of text or JSON lines to token ids, and token ids to windows."""
+"""Text to calibrate on and to judge by: files of text or JSON lines to token ids, and token ids to windows."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from powertrain.checkpoint.tokenizer_files import load_tokenizer
-from powertrain.measure.text_data import Window, encode_texts, read_texts, spread, token_sha256, windows_of
+from powertrain.text_data import Window, encode_texts, read_texts, spread, token_sha256, windows_of
 from powertrain.types import PowertrainError
 
 

@@ -1,0 +1,197 @@
+"""GPTQ: rounding one column at a time, the error of each made up for by those not yet rounded.
+
+Frantar et al. 2022 (arXiv 2210.17323). The squared error of a layer's *output* is a quadratic form of its weights'
+error with the inputs' second moments H = X X^T as the matrix; each column is rounded and its error spread over the
+later columns as that form says. Columns go in the order of falling H_ii (activation order), groups and their scales
+are those of the original order and fixed before ("static"), so that no index of columns has to be stored.
+
+Asymmetric correction is that of GPTAQ (Li et al. 2025, arXiv 2504.02692): the target is what the layer gave for the
+inputs of the model before compression, though it now sees those of the compressed blocks before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from powertrain.compress.quantize import weight_error
+from powertrain.compress.ranges import choose_range
+from powertrain.model.weights import IntWeight
+from powertrain.types import PowertrainError, QuantScheme
+
+COLUMNS_AT_ONCE = 128
+"""Columns whose errors reach the rest of the matrix by one product."""
+
+MAX_DAMPING = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GptqOptions:
+    """`damping_frac`: of H's mean diagonal, added to it; raised tenfold while H is not positive definite.
+
+    `orders_columns`: by activation, largest first. `correction`: the share of the asymmetric correction that is
+    applied where the moments know the inputs before compression (0.25 as its authors' code). `observer` as in `rtn`.
+    """
+
+    damping_frac: float = 0.01
+    orders_columns: bool = True
+    correction: float = 0.25
+    observer: str = "mse"
+
+
+@dataclass(slots=True)
+class Moments:
+    """Second moments of a layer's inputs x over calibration tokens, float64 sums.
+
+    hessian: [in, in], of x x^T; shift: [in, in], of (x' - x) x^T where x' is the input before compression, or None.
+    """
+
+    hessian: torch.Tensor
+    shift: torch.Tensor | None
+    num_tokens: int = 0
+    _factors: dict[tuple[float, bool], Factors] = field(default_factory=dict)
+
+    @classmethod
+    def zeros(cls, width: int, device: torch.device, *, has_shift: bool = False) -> Moments:
+        hessian = torch.zeros(width, width, dtype=torch.float64, device=device)
+        return cls(hessian, torch.zeros_like(hessian) if has_shift else None)
+
+    def add(self, x: torch.Tensor, original: torch.Tensor | None = None) -> None:
+        """Count inputs [.., in]; `original`: what they were before compression."""
+        x = x.reshape(-1, x.shape[-1]).float()
+        self.hessian += x.t() @ x  # float32 within a batch, float64 over all
+        if self.shift is not None and original is not None:
+            self.shift += (original.reshape(x.shape).float() - x).t() @ x
+        self.num_tokens += x.shape[0]
+
+    def factors(self, options: GptqOptions, name: str) -> Factors:
+        """What rounding needs of the moments: made once for all matrices that share the input."""
+        key = (options.damping_frac, options.orders_columns)
+        if key not in self._factors:
+            self._factors[key] = _factors(self, options, name)
+        return self._factors[key]
+
+
+class Factors(NamedTuple):
+    """order: int64 [in], the columns as they are rounded; is_dead: bool [in], inputs that are always zero.
+
+    upper: float32 [in, in] in that order, upper triangular with U^T U = (H + damping)^-1; shift: GPTAQ's P or None.
+    """
+
+    order: torch.Tensor
+    is_dead: torch.Tensor
+    upper: torch.Tensor
+    shift: torch.Tensor | None
+
+
+def gptq(
+    weight: torch.Tensor,
+    scheme: QuantScheme,
+    moments: Moments,
+    options: GptqOptions | None = None,
+    *,
+    scale_dtype: torch.dtype = torch.float32,
+    name: str = "weight",
+) -> tuple[IntWeight, float]:
+    """Round a float matrix [out, in] onto the grids that `rtn` would choose, so that its outputs change least.
+
+    Returns the integers and the normalised squared weight error, as `rtn` does (larger than that of `rtn`: it is
+    the outputs' that is small). Raises `PowertrainError` naming `name` for a matrix or moments that are not finite,
+    no calibration tokens, or moments that no damping makes positive definite.
+    """
+    options = options or GptqOptions()
+    if moments.num_tokens == 0:
+        raise PowertrainError(f"{name}: gptq needs calibration tokens, there are none")
+    if not bool(torch.isfinite(moments.hessian).all()):
+        raise PowertrainError(f"{name}: its inputs hold NaN or infinity on the calibration text")
+    out_features, in_features = weight.shape
+    target = weight.to(torch.float32)
+    group_size = scheme.group_size or in_features
+    groups = target.view(out_features, -1, group_size)
+    scale, zero_point = choose_range(groups, scheme.num_bits, scheme.symmetric, options.observer, scale_dtype, name)
+    order, is_dead, upper, shift = moments.factors(options, name)
+    # columns as rows: each is contiguous then
+    columns = torch.where(is_dead, 0.0, target).t()[order]
+    zeros = torch.zeros_like(scale) if zero_point is None else zero_point
+    group = order // group_size
+    correction = None if shift is None else options.correction * shift
+    rounded = _round_columns(columns, scale.t()[group], zeros.t()[group], scheme.num_bits, upper, correction)
+    values = torch.empty(out_features, in_features, dtype=torch.int8, device=weight.device)
+    values[:, order] = rounded.t().to(torch.int8)
+    zero = None if zero_point is None else zero_point.to(torch.int8)
+    quantized = IntWeight(values, scale.to(scale_dtype), zero, scheme.num_bits)
+    return quantized, weight_error(target, quantized.dequantize())
+
+
+def _factors(moments: Moments, options: GptqOptions, name: str) -> Factors:
+    hessian = moments.hessian / moments.num_tokens
+    is_dead = hessian.diagonal() == 0
+    hessian = hessian + torch.diag(is_dead.to(hessian.dtype))
+    order = torch.arange(len(hessian), device=hessian.device)
+    if options.orders_columns:
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+    upper = _inverse_factor(hessian[order][:, order], options.damping_frac, name)
+    shift = None
+    if moments.shift is not None:
+        shift = _correction((moments.shift / moments.num_tokens)[order][:, order], upper).float()
+    return Factors(order, is_dead, upper.float(), shift)
+
+
+def _inverse_factor(hessian: torch.Tensor, damping_frac: float, name: str) -> torch.Tensor:
+    """U float64, upper triangular with U^T U = (H + damping)^-1.
+
+    With both axes turned around, Cholesky's lower factor is an upper one R with R R^T = H, and U is its inverse.
+    """
+    mean = hessian.diagonal().mean()
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    while damping_frac <= MAX_DAMPING:
+        damped = hessian + identity * (damping_frac * mean)
+        factor, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not int(failed):
+            inverse: torch.Tensor = torch.linalg.solve_triangular(factor.flip(0, 1), identity, upper=True)
+            return inverse
+        damping_frac *= 10
+    raise PowertrainError(f"{name}: the inputs' second moments are not positive definite; give more calibration text")
+
+
+def _correction(shift: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
+    """GPTAQ's P, strictly upper triangular [in, in]: column j of the weights moves the later ones by w_j P_j.
+
+    P = ((D U^T) with its strictly upper part kept) U, D being the shift of the inputs.
+    """
+    return (shift @ upper.t()).triu(1) @ upper
+
+
+def _round_columns(
+    columns: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    num_bits: int,
+    upper: torch.Tensor,
+    shift: torch.Tensor | None,
+) -> torch.Tensor:
+    """The integers of columns [in, out], float32, rounded one after the other; scale and zero [in, out] are theirs."""
+    low, high = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
+    columns = columns.contiguous()
+    rounded = torch.empty_like(columns)
+    for begin in range(0, len(columns), COLUMNS_AT_ONCE):
+        end = min(begin + COLUMNS_AT_ONCE, len(columns))
+        block, errors, unrounded = columns[begin:end], torch.empty_like(columns[begin:end]), None
+        if shift is not None:
+            unrounded = torch.empty_like(block)
+        for at in range(end - begin):
+            column, s, z, row = block[at], scale[begin + at], zero[begin + at], upper[begin + at, begin + at : end]
+            integers = torch.round(column / s).add_(z).clamp_(low, high)
+            rounded[begin + at] = integers
+            torch.sub(column, (integers - z).mul_(s), out=errors[at])
+            errors[at] /= row[0]
+            if unrounded is not None and shift is not None:
+                unrounded[at] = column
+                block[at + 1 :].addr_(shift[begin + at, begin + at + 1 : end], unrounded[at])
+            block[at + 1 :].addr_(row[1:], errors[at], alpha=-1.0)
+        columns[end:].addmm_(upper[begin:end, end:].t(), errors, alpha=-1.0)
+        if unrounded is not None and shift is not None:
+            columns[end:].addmm_(shift[begin:end, end:].t(), unrounded)
+    return rounded

@@ -84,7 +84,7 @@ def _stack(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix | None:
     if any(other[1:] != first[1:] for other in matrices):
         return None
     floats = [matrix.weight for matrix in matrices if isinstance(matrix.weight, Float8Weight)]
-    ints = [matrix.weight for matrix in matrices if isinstance(matrix.weight, IntWeight)]
+    ints = [matrix.weight.widened() for matrix in matrices if isinstance(matrix.weight, IntWeight)]
     whole: IntWeight | Float8Weight | None = None
     if not ints and all(weight.scale.ndim == floats[0].scale.ndim for weight in floats):
         whole = concat_float8_weights(floats)

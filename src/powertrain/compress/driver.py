@@ -180,7 +180,9 @@ class _Writer:
         return stored
 
     def _quantize(self, layer: LayerPlan, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        quantized, error = rtn(weight, layer.scheme, scale_dtype=self._plan.dtype, name=layer.name)
+        quantized, error = rtn(
+            weight, layer.scheme, scale_dtype=self._plan.dtype, observer=layer.step.observer, name=layer.name
+        )
         tensors = int_weight_tensors(layer.name, quantized, stored_format(layer.scheme))
         self._layers.append(
             LayerReport(

@@ -51,7 +51,21 @@ def random_codes(
 
 
 def pack_words(values: Array, bits: int) -> npt.NDArray[np.uint32]:
-    """Unsigned [n, m] -> [n, ceil(m * bits / 32)], the first value in the lowest bits of a word."""
+    """Unsigned [n, m] -> [n, ceil(m * bits / 32)], the first value in the lowest bits of a word.
+
+    3 bits as GPTQ's writers put it: three words hold 10 values, one over the border, 10, one over the border, and 10.
+    """
+    if bits == 3:
+        v = np.pad(values.astype(np.uint64), ((0, 0), (0, -values.shape[1] % 32))).reshape(len(values), -1, 32)
+        at = 3 * np.arange(10, dtype=np.uint64)
+        words = (
+            (v[..., :10] << at).sum(-1) | (v[..., 10] & 3) << np.uint64(30),
+            v[..., 10] >> np.uint64(2)
+            | (v[..., 11:21] << at + np.uint64(1)).sum(-1)
+            | (v[..., 21] & 1) << np.uint64(31),
+            v[..., 21] >> np.uint64(1) | (v[..., 22:] << at + np.uint64(2)).sum(-1),
+        )
+        return np.stack(words, axis=-1).astype(np.uint32).reshape(len(values), -1)[:, : -(-values.shape[1] * 3 // 32)]
     per_word = 32 // bits
     padded = np.pad(values.astype(np.uint64), ((0, 0), (0, -values.shape[1] % per_word)))
     words = padded.reshape(len(values), -1, per_word)
@@ -63,9 +77,9 @@ def as_tensor(words: npt.NDArray[np.uint32]) -> torch.Tensor:
 
 
 def gptq_tensors(made: Codes, version: int = 1) -> Tensors:
-    """Version 1 writes each zero minus one, taken from the whole word as GPTQModel does."""
-    zeros = pack_words(made.zeros.T, made.bits)
-    if version == 1:
+    """Version 1 writes each zero minus one, taken from the whole word as GPTQModel does; of 3 bits from each alone."""
+    zeros = pack_words(made.zeros.T - (version == 1 and made.bits == 3), made.bits)
+    if version == 1 and made.bits != 3:
         zeros = zeros - np.uint32(sum(1 << bit for bit in range(0, 32, made.bits)))
     return {
         "qweight": as_tensor(pack_words(made.codes, made.bits).T),

@@ -206,8 +206,9 @@ class EngineInfo:
 class QuantScheme:
     """An integer weight grid, in compressed-tensors' words; `group_size` None is one group per output row (channel).
 
-    `activation_bits` 8 rounds a product's input too, on a symmetric grid found at run time: one per token, or one per
-    `activation_group_size` inputs of it. None leaves it float.
+    `num_bits` is 2 to 8. `activation_bits` 8, which goes with weights of 4 or 8 bits, rounds a product's input too, on
+    a symmetric grid found at run time: one per token, or one per `activation_group_size` inputs of it. None leaves it
+    float.
     """
 
     num_bits: int
@@ -217,10 +218,12 @@ class QuantScheme:
     activation_group_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_bits not in (4, 8):
-            raise PowertrainError(f"num_bits must be 4 or 8, got {self.num_bits}")
+        if type(self.num_bits) is not int or not 2 <= self.num_bits <= 8:
+            raise PowertrainError(f"num_bits must be 2 to 8, got {self.num_bits}")
         if self.activation_bits not in (None, 8):
             raise PowertrainError(f"activation_bits must be 8 or None, got {self.activation_bits}")
+        if self.activation_bits is not None and self.num_bits not in (4, 8):
+            raise PowertrainError(f"num_bits must be 4 or 8 where activation_bits is 8, got {self.num_bits}")
 
     @property
     def strategy(self) -> Literal["channel", "group"]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from powertrain.checkpoint.compressed_tensors import (
     int_weight_tensors,
     load_int_weight,
+    num_words,
     pack_int32,
     quantization_config,
     scheme_of,
@@ -23,13 +24,18 @@ from powertrain.checkpoint.compressed_tensors import (
 )
 from powertrain.checkpoint.safetensors_folder import SafetensorsCheckpoint, write_checkpoint
 from powertrain.model.weights import IntWeight
-from powertrain.types import ModelFileError, QuantScheme
+from powertrain.types import ModelFileError, PowertrainError, QuantScheme
 
 W4G = QuantScheme(num_bits=4, group_size=32)
 W4G_ASYM = QuantScheme(num_bits=4, group_size=32, symmetric=False)
 W8C = QuantScheme(num_bits=8)
 W8C_ASYM = QuantScheme(num_bits=8, symmetric=False)
-SCHEMES = [W4G, W4G_ASYM, W8C, W8C_ASYM]
+OTHER_WIDTHS = [
+    QuantScheme(num_bits=bits, group_size=size, symmetric=symmetric)
+    for bits in (2, 3, 5, 6, 7)
+    for size, symmetric in ((32, True), (32, False), (None, False))
+]
+SCHEMES = [W4G, W4G_ASYM, W8C, W8C_ASYM, *OTHER_WIDTHS]
 
 
 def random_int_weight(scheme: QuantScheme, out_features: int, in_features: int) -> IntWeight:
@@ -46,8 +52,8 @@ def random_int_weight(scheme: QuantScheme, out_features: int, in_features: int) 
     )
 
 
-@settings(max_examples=60, deadline=None)
-@given(rows=st.integers(1, 9), columns=st.integers(1, 70), num_bits=st.sampled_from([4, 8]), seed=st.integers(0, 99))
+@settings(max_examples=200, deadline=None)
+@given(rows=st.integers(1, 9), columns=st.integers(1, 140), num_bits=st.integers(2, 8), seed=st.integers(0, 99))
 def test_packing_is_the_librarys_bit_for_bit(rows: int, columns: int, num_bits: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     high = 2 ** (num_bits - 1)
@@ -56,11 +62,24 @@ def test_packing_is_the_librarys_bit_for_bit(rows: int, columns: int, num_bits: 
     assert torch.equal(packed, pack_to_int32(values, num_bits))
     assert torch.equal(unpack_from_int32(packed, num_bits, torch.Size(values.shape)), values)
     assert torch.equal(unpack_int32(packed, num_bits, values.shape), values)
+    assert packed.shape == (rows, num_words(columns, num_bits))
 
 
-def test_values_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="4 bits"):
-        pack_int32(torch.tensor([[8]], dtype=torch.int8), 4)
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 9), columns=st.integers(1, 140), num_bits=st.integers(2, 8), seed=st.integers(0, 99))
+def test_any_words_are_unpacked_as_the_library_does(rows: int, columns: int, num_bits: int, seed: int) -> None:
+    shape = (num_words(columns, num_bits), rows)
+    words = torch.randint(-(2**31), 2**31, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int64)
+    packed = words.to(torch.int32).t()  # zero points come transposed
+    theirs = unpack_from_int32(packed, num_bits, torch.Size((rows, columns)))
+    assert torch.equal(unpack_int32(packed, num_bits, (rows, columns)), theirs)
+
+
+@pytest.mark.parametrize("num_bits", range(2, 8))
+def test_values_that_do_not_fit_are_refused(num_bits: int) -> None:
+    for value in (2 ** (num_bits - 1), -(2 ** (num_bits - 1)) - 1):
+        with pytest.raises(ValueError, match=f"{num_bits} bits"):
+            pack_int32(torch.tensor([[value]], dtype=torch.int8), num_bits)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -176,7 +195,10 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("config_groups/group_0/format", "nvfp4-pack-quantized", "nvfp4"),
     ("config_groups/group_0/input_activations", {"num_bits": 8}, "input_activations"),
     ("config_groups/group_0/weights/type", "float", "float weights"),
-    ("config_groups/group_0/weights/num_bits", 3, "3 bits"),
+    ("config_groups/group_0/weights/num_bits", 1, "1 bits cannot be run; int of 2 to 8 bits can"),
+    ("config_groups/group_0/weights/num_bits", 9, "9 bits"),
+    ("config_groups/group_0/weights/num_bits", 4.0, r"4\.0 bits"),
+    ("config_groups/group_0/weights/num_bits", True, "True bits"),
     ("config_groups/group_0/weights/strategy", "block", "'block'"),
     ("config_groups/group_0/weights/group_size", None, "group_size None"),
     ("config_groups/group_0/weights/group_size", 0, "group_size 0"),
@@ -214,6 +236,41 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, suffix: str, tensor
     checkpoint = SafetensorsCheckpoint(write_checkpoint(tmp_path / "m", {}, tensors.items()))
     with pytest.raises(ModelFileError, match=message):
         load_int_weight(checkpoint, "a", W4G_ASYM)
+
+
+@pytest.mark.parametrize(("num_bits", "per_word"), [(3, 10), (5, 6), (6, 5), (7, 4)])
+def test_words_padded_to_whole_values_are_refused_by_name(tmp_path: Path, num_bits: int, per_word: int) -> None:
+    scheme = QuantScheme(num_bits=num_bits, group_size=32)
+    tensors = int_weight_tensors("a", random_int_weight(scheme, 8, 96))
+    tensors["a.weight_packed"] = torch.zeros(8, -(-96 // per_word), dtype=torch.int32)
+    checkpoint = SafetensorsCheckpoint(write_checkpoint(tmp_path / "m", {}, tensors.items()))
+    message = f"weight_packed holds {per_word} values of {num_bits} bits a word; dense words can be run"
+    with pytest.raises(ModelFileError, match=message):
+        load_int_weight(checkpoint, "a", scheme)
+
+
+def test_rounded_activations_beside_other_widths_are_refused() -> None:
+    manifest: dict[str, Any] = quantization_config([(QuantScheme(num_bits=8, activation_bits=8), ["Linear"])], [])
+    manifest["config_groups"]["group_0"]["weights"]["num_bits"] = 6
+    with pytest.raises(ModelFileError, match="input_activations beside weights of 6 bits cannot be run"):
+        scheme_of({"quantization_config": manifest}, "model.layers.0.mlp.up_proj")
+    for num_bits in (2, 3, 5, 6, 7):
+        with pytest.raises(PowertrainError, match="num_bits must be 4 or 8 where activation_bits is 8"):
+            QuantScheme(num_bits=num_bits, activation_bits=8)
+    for num_bits in (1, 9, 4.0, True):
+        with pytest.raises(PowertrainError, match="num_bits must be 2 to 8"):
+            QuantScheme(num_bits=num_bits)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_bits", [3, 6])
+def test_plain_integers_beyond_their_bits_are_refused(tmp_path: Path, num_bits: int) -> None:
+    scheme = QuantScheme(num_bits=num_bits, group_size=32)
+    weight = random_int_weight(scheme, 8, 32)
+    out = write_checkpoint(tmp_path / "m", {}, int_weight_tensors("a", weight, "int-quantized").items())
+    assert torch.equal(load_int_weight(SafetensorsCheckpoint(out), "a", scheme).values, weight.values)
+    narrower = QuantScheme(num_bits=num_bits - 1, group_size=32)
+    with pytest.raises(ModelFileError, match=f"a.weight holds integers beyond {num_bits - 1} bits"):
+        load_int_weight(SafetensorsCheckpoint(out), "a", narrower)
 
 
 def test_a_missing_zero_point_is_refused(tmp_path: Path) -> None:

@@ -43,14 +43,14 @@ def read(made: Codes, version: int, is_symmetric: bool = False, tensors: Tensors
     rows=st.integers(1, 20),
     groups=st.integers(1, 5),
     size=st.integers(1, 40),
-    bits=st.sampled_from([4, 8]),
-    version=st.sampled_from([1, 2]),
+    form=st.sampled_from([(2, 1), (2, 2), (3, 2), (4, 1), (4, 2), (8, 1), (8, 2)]),
     is_scattered=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_any_matrix_is_read_to_the_numbers_it_was_made_of(
-    rows: int, groups: int, size: int, bits: int, version: int, is_scattered: bool, seed: int
+    rows: int, groups: int, size: int, form: tuple[int, int], is_scattered: bool, seed: int
 ) -> None:
+    bits, version = form
     made = random_codes(rows, groups * size, size, bits, seed, is_scattered=is_scattered)
     weight = read(made, version)
     assert torch.equal(weight.dequantize(), made.meaning())
@@ -64,12 +64,12 @@ def test_any_matrix_is_read_to_the_numbers_it_was_made_of(
     assert (weight.zero_point is None) == (made.zeros == half).all()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("version", [1, 2])
 def test_zeros_in_the_middle_are_no_zeros(bits: int, version: int) -> None:
     made = random_codes(12, 64, 16, bits)
     made = made._replace(zeros=np.full_like(made.zeros, 2 ** (bits - 1)))
-    weight = read(made, version)
+    weight = read(made, version, is_symmetric=True)
     assert weight.zero_point is None
     assert torch.equal(weight.dequantize(), made.meaning())
 
@@ -81,6 +81,22 @@ def test_zeros_of_the_second_version_under_the_first_ones_name_are_told_by_sym()
     assert torch.equal(read(made, 1, is_symmetric=True, tensors=misnamed).dequantize(), made.meaning())
     nine = made._replace(zeros=np.full_like(made.zeros, 9))
     assert torch.equal(read(made, 1, is_symmetric=False, tensors=misnamed).dequantize(), nine.meaning())
+
+
+@pytest.mark.parametrize("rows", [32, 96])
+def test_three_bits_with_zeros_that_older_writers_misplaced_are_symmetric_too(rows: int) -> None:
+    made = random_codes(rows, 64, 16, 3)
+    made = made._replace(zeros=np.full_like(made.zeros, 4))
+    tensors = gptq_tensors(made, version=2)
+    words = tensors["qzeros"].numpy().view(np.uint32).copy()
+    words[:, 0::3] -= np.uint32(0b00100100100100100100100100100100)
+    words[:, 1::3] -= np.uint32(0b10010010010010010010010010010010)
+    words[:, 2::3] -= np.uint32(0b01001001001001001001001001001001)
+    tensors["qzeros"] = torch.from_numpy(words.view(np.int32))
+    assert torch.equal(read(made, 1, is_symmetric=True, tensors=tensors).dequantize(), made.meaning())
+    tensors["qzeros"] = tensors["qzeros"] + 1
+    with pytest.raises(ModelFileError, match="qzeros are not all in the middle, as sym says"):
+        read(made, 1, is_symmetric=True, tensors=tensors)
 
 
 def test_without_g_idx_groups_stand_in_order() -> None:
@@ -115,6 +131,8 @@ FOLDERS: dict[str, tuple[str, Quantize, dict[str, Any], str]] = {
         {"desc_act": True},
         "int4 act-order",
     ),
+    "2 bits": ("llama", quantizer(2, 32, 1), {"bits": 2}, "int4"),
+    "3 bits": ("qwen3", quantizer(3, 32, 2), {"bits": 3, "checkpoint_format": "gptq_v2"}, "int4"),
     "8 bits by channel": ("qwen3", quantizer(8, None, 1), {"bits": 8, "group_size": -1}, "int8"),
     "8 bits, act order": (
         "llama",
@@ -169,7 +187,8 @@ def test_formats_unpack_to_what_they_multiply() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"bits": 3}, "bits 3 cannot be run; 4 and 8 can"),
+    ({"bits": 5}, "bits 5 cannot be run; 2, 3, 4 and 8 can"),
+    ({"bits": 3}, "sym false with bits 3 cannot be run: writers disagree about its zeros"),
     ({"bits": None}, "bits None"),
     ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
     ({"is_marlin_format": True}, "checkpoint_format 'marlin'"),

@@ -32,6 +32,17 @@ MIXED = {
 }
 W4_ASYM_32 = {"steps": [{"match": "Linear", "scheme": "W4A16_ASYM", "group_size": 32}]}
 W4_32 = {"steps": [{"match": "Linear", "scheme": "W4A16", "group_size": 32}]}
+W3_ASYM_32 = {"steps": [{"match": "Linear", "scheme": "W3A16_ASYM", "group_size": 32}]}
+W5_32 = {"steps": [{"match": "Linear", "scheme": "W5A16", "group_size": 32}]}
+FEW_BITS = {
+    "steps": [
+        {"match": "re:.*(gate|up)_proj", "scheme": "W3A16_ASYM", "group_size": 32},
+        {"match": "re:.*down_proj", "scheme": "W2A16_ASYM", "group_size": "channel"},
+        {"match": "re:.*(q|k)_proj", "scheme": "W5A16", "group_size": 32},
+        {"match": "re:.*v_proj", "scheme": "W3A16", "group_size": 32},
+        {"match": "re:.*o_proj", "scheme": "W6A16", "group_size": 32},
+    ],
+}
 
 
 def quantized_layers(out: Path) -> dict[str, Any]:
@@ -40,7 +51,7 @@ def quantized_layers(out: Path) -> dict[str, Any]:
     return {layer: scheme_of(checkpoint.config, layer) for layer in layers}
 
 
-@pytest.mark.parametrize("recipe", ["W8A16", "W8A16_ASYM", W4_32, W4_ASYM_32, MIXED])
+@pytest.mark.parametrize("recipe", ["W8A16", "W8A16_ASYM", W4_32, W4_ASYM_32, MIXED, FEW_BITS])
 @pytest.mark.parametrize("dtype", ["auto", "float32", "float16"])
 def test_the_library_decodes_the_integers_that_were_chosen(tiny_model_dir: TinyModel, tmp_path: Path, recipe, dtype):
     source = tiny_model_dir("qwen3")
@@ -116,7 +127,10 @@ def test_transformers_runs_symmetric_files_as_they_are(tiny_model_dir: TinyModel
     assert torch.equal(transformers_logits(loaded), expected)
 
 
-@pytest.mark.parametrize(("family", "recipe"), [("llama", W4_ASYM_32), ("qwen3", "W8A16_ASYM"), ("qwen2", "W8A16")])
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [("llama", W4_ASYM_32), ("qwen3", "W8A16_ASYM"), ("qwen2", "W8A16"), ("llama", W3_ASYM_32), ("qwen3", W5_32)],
+)
 def test_transformers_dequantizes_asymmetric_files(tiny_model_dir: TinyModel, tmp_path: Path, family, recipe):
     import transformers
 
@@ -161,7 +175,7 @@ def test_an_untied_head_stays_dense_unless_named(tiny_model_dir: TinyModel, tmp_
 
 
 def test_sizes_add_up_and_the_plan_knows_them_before(tiny_model_dir: TinyModel, tmp_path: Path):
-    for number, recipe in enumerate(["W8A16", W4_32, W4_ASYM_32, MIXED, "W8A16_ASYM"]):
+    for number, recipe in enumerate(["W8A16", W4_32, W4_ASYM_32, MIXED, "W8A16_ASYM", FEW_BITS]):
         plan = plan_compression(tiny_model_dir("mistral"), recipe)
         report = compress(tiny_model_dir("mistral"), tmp_path / str(number), recipe)
         tensors = load_file(tmp_path / str(number) / "model.safetensors")
@@ -178,6 +192,16 @@ def test_the_plan_is_a_table_of_what_each_layer_gets(tiny_model_dir: TinyModel):
     assert "rtn W4A16 group 32" in text
     assert "bits per weight" in text
     assert "stay dense in bfloat16" in text
+
+
+def test_the_observer_of_a_step_chooses_the_ranges(tiny_model_dir: TinyModel, tmp_path: Path):
+    step = {"match": "Linear", "scheme": "W3A16", "group_size": 32}
+    plain = compress(tiny_model_dir("llama"), tmp_path / "minmax", {"steps": [step]})
+    searched = compress(tiny_model_dir("llama"), tmp_path / "mse", {"steps": [step | {"observer": "mse"}]})
+    pairs = zip(plain.layers, searched.layers, strict=True)
+    assert all(theirs.error < ours.error and theirs.nbytes == ours.nbytes for ours, theirs in pairs)
+    assert read_manifest(tmp_path / "mse")["recipe"]["steps"][0]["observer"] == "mse"
+    assert "rtn W3A16 group 32 mse" in plan_compression(tiny_model_dir("llama"), searched.recipe).table()
 
 
 def test_the_manifest_tells_the_whole_story(tiny_model_dir: TinyModel, tmp_path: Path):

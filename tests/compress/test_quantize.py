@@ -19,6 +19,7 @@ from powertrain.compress.quantize import (
     rtn,
     weight_error,
 )
+from powertrain.compress.ranges import OBSERVERS
 from powertrain.types import PowertrainError, QuantScheme
 
 
@@ -42,15 +43,15 @@ def problems(draw: st.DrawFn) -> tuple[torch.Tensor, QuantScheme]:
     weight += draw(st.sampled_from([0.0, 0.0, 3.0]))
     if draw(st.booleans()):
         weight[draw(st.integers(0, weight.shape[0] - 1))] = 0.0
-    num_bits, symmetric = draw(st.sampled_from([4, 8])), draw(st.booleans())
+    num_bits, symmetric = draw(st.integers(2, 8)), draw(st.booleans())
     return weight, QuantScheme(num_bits=num_bits, group_size=group_size, symmetric=symmetric)
 
 
-@given(problems(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-@settings(max_examples=120, deadline=None)
-def test_rtn_chooses_the_integers_compressed_tensors_would(problem, scale_dtype):
+@given(problems(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.sampled_from(OBSERVERS))
+@settings(max_examples=240, deadline=None)
+def test_rtn_chooses_the_integers_compressed_tensors_would(problem, scale_dtype, observer):
     weight, scheme = problem
-    quantized, error = rtn(weight, scheme, scale_dtype=scale_dtype)
+    quantized, error = rtn(weight, scheme, scale_dtype=scale_dtype, observer=observer)
     assert quantized.scale.dtype == scale_dtype
     scale, args = quantized.scale.float(), library_args(scheme)
     assert torch.equal(quantized.values, quantize(weight, scale, quantized.zero_point, args, dtype=torch.int8))
@@ -63,7 +64,7 @@ def test_rtn_chooses_the_integers_compressed_tensors_would(problem, scale_dtype)
 
 
 @given(problems())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_float32_scales_are_those_of_compressed_tensors(problem):
     weight, scheme = problem
     quantized, _ = rtn(weight, scheme)
@@ -88,11 +89,12 @@ def test_no_weight_moves_further_than_a_step_and_a_half(problem):
     assert bool((steps <= quantized.scale.float().unsqueeze(-1) * 1.51).all())
 
 
-def test_symmetric_four_bit_scale_is_absmax_over_seven_and_a_half():
+@pytest.mark.parametrize("num_bits", range(2, 9))
+def test_the_symmetric_scale_is_absmax_over_half_the_code_range(num_bits):
     weight = torch.tensor([[-3.0] + [1.0] * 31])
-    quantized, _ = rtn(weight, QuantScheme(num_bits=4))
-    assert quantized.scale.item() == pytest.approx(3.0 / 7.5)
-    assert quantized.values[0, 0] == -8
+    quantized, _ = rtn(weight, QuantScheme(num_bits=num_bits))
+    assert quantized.scale.item() == pytest.approx(3.0 / ((2**num_bits - 1) / 2))
+    assert quantized.values[0, 0] == -(2 ** (num_bits - 1))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -155,6 +157,10 @@ def test_weight_error_of_nothing_is_zero():
         (QuantScheme(num_bits=4, group_size=32), 0.00978),
         (QuantScheme(num_bits=4, group_size=64), 0.01165),
         (QuantScheme(num_bits=4), 0.02105),
+        (QuantScheme(num_bits=3, group_size=64, symmetric=False), 0.04046),
+        (QuantScheme(num_bits=3, group_size=64), 0.05290),
+        (QuantScheme(num_bits=2, group_size=32, symmetric=False), 0.1690),
+        (QuantScheme(num_bits=2, group_size=64, symmetric=False), 0.2168),
         (QuantScheme(num_bits=8), 0.00007),
     ],
 )

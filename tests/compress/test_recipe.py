@@ -39,6 +39,12 @@ def test_a_yaml_file_and_a_dictionary_say_the_same(tmp_path: Path):
     [
         ("W4A16", QuantScheme(num_bits=4, group_size=64)),
         ("W4A16_ASYM", QuantScheme(num_bits=4, group_size=64, symmetric=False)),
+        ("W2A16", QuantScheme(num_bits=2, group_size=64)),
+        ("W2A16_ASYM", QuantScheme(num_bits=2, group_size=64, symmetric=False)),
+        ("W3A16", QuantScheme(num_bits=3, group_size=64)),
+        ("W3A16_ASYM", QuantScheme(num_bits=3, group_size=64, symmetric=False)),
+        ("W5A16", QuantScheme(num_bits=5, group_size=64)),
+        ("W6A16", QuantScheme(num_bits=6, group_size=64)),
         ("W8A16", QuantScheme(num_bits=8)),
         ("W8A16_ASYM", QuantScheme(num_bits=8, symmetric=False)),
     ],
@@ -57,6 +63,13 @@ def test_channel_is_one_group_per_row():
     assert recipe.to_dict()["steps"][0]["group_size"] == "channel"
 
 
+def test_the_observer_is_min_and_max_unless_a_step_says_otherwise():
+    assert load_recipe("W3A16").steps[0].observer == "minmax"
+    recipe = load_recipe({"steps": [{"match": "Linear", "scheme": "W3A16", "observer": "mse"}]})
+    assert recipe.steps[0].observer == "mse"
+    assert load_recipe(recipe.to_dict()) == recipe
+
+
 def step(**entries):
     return {"steps": [{"match": "Linear", "scheme": "W4A16", **entries}]}
 
@@ -64,13 +77,14 @@ def step(**entries):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("W5A16", "recipe 'W5A16' is neither a file nor a preset; the presets are W4A16"),
+        ("W1A16", "recipe 'W1A16' is neither a file nor a preset; the presets are W4A16"),
         ({"steps": []}, "recipe: steps must be a list of at least one step"),
         ({"step": []}, "recipe: unknown key 'step'; the known ones are name, steps"),
         ({"steps": ["W4A16"]}, r"steps\[0\]: a step is a mapping"),
         (step(groupsize=64), r"recipe: steps\[0\]: unknown key 'groupsize'; the known ones are match, ignore"),
         (step(method="hqq"), r"steps\[0\].method is unknown: 'hqq'; the known ones are rtn, gptq"),
-        (step(scheme="W3A16"), r"steps\[0\].scheme is unknown: 'W3A16'; the known ones are W4A16"),
+        (step(scheme="W1A16"), r"steps\[0\].scheme is unknown: 'W1A16'; the known ones are W4A16"),
+        (step(observer="max"), r"steps\[0\].observer is unknown: 'max'; the known ones are minmax, mse"),
         ({"steps": [{"match": "Linear"}]}, r"steps\[0\].scheme is missing; the known ones are W4A16"),
         ({"steps": [{"scheme": "W4A16"}]}, r"steps\[0\].match must be"),
         (step(group_size=0), r"steps\[0\].group_size must be a positive integer or `channel`, got 0"),

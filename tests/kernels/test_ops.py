@@ -100,13 +100,15 @@ def int_weight(bits, groups, symmetric, out=48, inner=192):
 
 @pytest.mark.parametrize("rows", [1, 5, 64])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("bits", "groups"), [(8, 1), (8, 3), (4, 3), (4, 6), (4, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("bits", "groups"), [(8, 1), (8, 3), (4, 3), (4, 6), (4, 1), (4, 2), (2, 3), (3, 6), (5, 1), (6, 3), (7, 1)]
+)
 def test_formats_multiply_as_their_dequantized_matrix(bits, groups, symmetric, rows):
     weight = int_weight(bits, groups, symmetric)
     fmt = pack_int_weight(weight, torch.device("cpu"))
     dense = weight.dequantize()
     # int4 keeps scales in bfloat16, as torch's kernel reads them
-    assert (fmt.unpack() - dense).norm() / dense.norm() < (1e-6 if bits == 8 else 4e-3)
+    assert (fmt.unpack() - dense).norm() / dense.norm() < (1e-6 if bits > 4 else 4e-3)
     x = torch.randn(rows, 192)
     expected = x @ dense.t()
     assert (fmt.matmul(x) - expected).norm() / expected.norm() < 8e-3
@@ -123,6 +125,17 @@ def test_concatenated_formats_equal_their_parts():
 def test_a_format_that_would_only_dequantize_is_refused():
     with pytest.raises(ModelFileError, match="4 bits, 3 groups a row"):
         pack_int_weight(int_weight(4, 3, True, inner=39), torch.device("cpu"))
+
+
+def test_a_refusal_names_the_bits_of_the_file():
+    with pytest.raises(ModelFileError, match="3 bits, 3 groups a row, asymmetric"):
+        pack_int_weight(int_weight(3, 3, False, inner=39), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("bits", "runs_as"), [(2, 4), (3, 4), (5, 8), (6, 8), (7, 8)])
+def test_other_widths_take_the_bytes_of_the_width_they_run_as(bits, runs_as):
+    narrow, wide = (pack_int_weight(int_weight(b, 3, False), torch.device("cpu")) for b in (bits, runs_as))
+    assert (narrow.step_bytes(), narrow.nbytes(), narrow.name) == (wide.step_bytes(), wide.nbytes(), wide.name)
 
 
 def test_nbytes_is_what_is_held():

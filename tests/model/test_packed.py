@@ -77,7 +77,7 @@ def test_floats_keep_their_type_and_values(dtype: torch.dtype, rows: int, cols: 
 
 
 @given(
-    st.sampled_from([4, 8]),
+    st.integers(2, 8),
     st.sampled_from(["channel", 32, 64, 96]),
     st.booleans(),
     st.sampled_from(FLOAT_TYPES),
@@ -98,9 +98,15 @@ def test_integers_mean_what_their_checkpoint_means(
         assert torch.equal(unpacked, expected)
     else:  # code * scale + minimum rounds twice where (code - zero) * scale rounds once
         assert (unpacked - expected).abs().max() <= 2**-23 * 256 * weight.scale.max()
-    assert layout.kind == ("u4" if num_bits == 4 else "s8")
+    assert layout.kind == ("u4" if num_bits <= 4 else "s8")
     assert layout.has_minimum == (not symmetric)
     assert not layout.quantizes_activations
+
+
+def test_widths_of_the_same_codes_are_one_stream() -> None:
+    parts = [int_part(int_weight((16, 64), bits, 32, True, torch.float16, bits)) for bits in (2, 3, 4)]
+    assert can_stack(parts)
+    assert not can_stack([*parts, int_part(int_weight((16, 64), 5, 32, True, torch.float16, 0))])
 
 
 def test_scales_take_two_bytes_only_where_nothing_is_lost() -> None:

@@ -1,8 +1,9 @@
 """compressed-tensors' config, and its integer weights: packed densely into int32 words, or one in a byte.
 
 A value in [-2^(b-1), 2^(b-1) - 1] is stored plus 2^(b-1); element i of a row lies at bit i * b, low end first, in
-consecutive words. Zero points are packed the same way, but down the output axis. That is `pack-quantized`; schemes that
-quantize activations too are stored as `int-quantized`: int8 `weight` and `weight_zero_point`, whatever the bits.
+consecutive words, whose borders values of 3, 5, 6 and 7 bits straddle. Zero points are packed the same way, but down
+the output axis. That is `pack-quantized`; schemes that quantize activations too are stored as `int-quantized`: int8
+`weight` and `weight_zero_point`, whatever the bits.
 Floats are read by `checkpoint/float8.py` and `checkpoint/float4.py`.
 Format: https://github.com/neuralmagic/compressed-tensors
 """
@@ -32,17 +33,20 @@ LINEAR = "Linear"
 def pack_int32(values: Tensor, num_bits: int) -> Tensor:
     """int8 [rows, n] -> int32 [rows, ceil(n * num_bits / 32)]; the last word of a row is filled with zero bits.
 
-    `num_bits` is 4 or 8. Raises `ValueError` for values that do not fit.
+    `num_bits` is 2 to 8. Raises `ValueError` for values that do not fit.
     """
     offset = 1 << (num_bits - 1)
     if values.numel() and not -offset <= int(values.min()) <= int(values.max()) < offset:
         raise ValueError(f"values outside [{-offset}, {offset - 1}] cannot be packed into {num_bits} bits")
-    codes = (values.to(torch.int16) + offset).to(torch.uint8)
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (32 // num_bits)))
+    rows, count = values.shape
+    codes = torch.nn.functional.pad(values.view(torch.uint8) + offset, (0, -count % 8))
     if num_bits == 4:
-        codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
+        dense = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    else:
+        dense = codes if num_bits == 8 else _squeeze(codes, num_bits)
+    dense = torch.nn.functional.pad(dense, (0, 4 * num_words(count, num_bits) - dense.shape[1]))
     # bytes to words as the machine orders them, which is little endian wherever this runs
-    return codes.flatten().view(torch.int32).view(codes.shape[0], -1)
+    return dense.flatten().view(torch.int32).view(rows, -1)
 
 
 def unpack_int32(packed: Tensor, num_bits: int, shape: Sequence[int]) -> Tensor:
@@ -50,8 +54,39 @@ def unpack_int32(packed: Tensor, num_bits: int, shape: Sequence[int]) -> Tensor:
     codes = packed.flatten().view(torch.uint8).view(packed.shape[0], -1)
     if num_bits == 4:
         codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
-    offset = 1 << (num_bits - 1)
-    return (codes[:, : shape[1]].to(torch.int16) - offset).to(torch.int8)
+    elif num_bits != 8:
+        num_bytes = -(-shape[1] // 8) * num_bits
+        codes = _spread(torch.nn.functional.pad(codes, (0, num_bytes - codes.shape[1])), num_bits)
+    return (codes[:, : shape[1]] - (1 << (num_bits - 1))).view(torch.int8)
+
+
+def _squeeze(codes: Tensor, num_bits: int) -> Tensor:
+    """Codes below 2^num_bits, one in a byte [rows, 8 k], as dense bytes [rows, k * num_bits].
+
+    Eight codes are one 64-bit word. Three steps move each second field of it next to the one before, whatever the
+    bits, and leave the codes in its low bytes: about a second for 10^8 weights.
+    """
+    words = codes.flatten().view(torch.int64).view(codes.shape[0], -1)
+    for width in (8, 16, 32):
+        low, used = _low_fields(width, num_bits)
+        words = (words & low) | ((words >> (width - used)) & (low << used))
+    return words.view(torch.uint8).view(*words.shape, 8)[..., :num_bits].flatten(1)
+
+
+def _spread(dense: Tensor, num_bits: int) -> Tensor:
+    """The inverse of `_squeeze`: dense bytes [rows, k * num_bits] -> one code in a byte [rows, 8 k]."""
+    fields = dense.view(dense.shape[0], -1, num_bits)
+    words = torch.nn.functional.pad(fields, (0, 8 - num_bits)).view(torch.int64).squeeze(-1)
+    for width in (32, 16, 8):
+        low, used = _low_fields(width, num_bits)
+        words = (words & low) | ((words & (low << used)) << (width - used))
+    return words.view(torch.uint8)
+
+
+def _low_fields(width: int, num_bits: int) -> tuple[int, int]:
+    """The used bits of each first of two neighbouring fields of a 64-bit word, and how many bits a field uses."""
+    used = width // 8 * num_bits
+    return sum(((1 << used) - 1) << start for start in range(0, 64, 2 * width)), used
 
 
 def stored_format(scheme: QuantScheme) -> str:
@@ -101,15 +136,24 @@ def load_int_weight(checkpoint: Checkpoint, prefix: str, scheme: QuantScheme) ->
     groups = in_features // group_size
     if is_plain:
         values = load("weight", torch.int8, (out_features, in_features))
-        if scheme.num_bits == 4 and not -8 <= int(values.min()) <= int(values.max()) < 8:
-            fail("weight", "holds integers beyond 4 bits")
+        high = 1 << (scheme.num_bits - 1)
+        if scheme.num_bits < 8 and not -high <= int(values.min()) <= int(values.max()) < high:
+            fail("weight", f"holds integers beyond {scheme.num_bits} bits")
         return IntWeight(
             values=values,
             scale=load("weight_scale", None, (out_features, groups)),
             zero_point=None if scheme.symmetric else load("weight_zero_point", torch.int8, (out_features, groups)),
             num_bits=scheme.num_bits,
         )
-    packed = load("weight_packed", torch.int32, (out_features, num_words(in_features, scheme.num_bits)))
+    words = num_words(in_features, scheme.num_bits)
+    padded_words = -(-in_features // (32 // scheme.num_bits))
+    if padded_words != words and checkpoint.shape(f"{prefix}.weight_packed") == (out_features, padded_words):
+        # the library's own order before its pull request 732; its reader now takes such words for dense ones
+        fail(
+            "weight_packed",
+            f"holds {32 // scheme.num_bits} values of {scheme.num_bits} bits a word; dense words can be run",
+        )
+    packed = load("weight_packed", torch.int32, (out_features, words))
     scale = load("weight_scale", None, (out_features, groups))
     zero_point = None
     if not scheme.symmetric:
@@ -244,8 +288,10 @@ def _scheme(group: Mapping[str, Any], default_format: Any) -> QuantScheme | Floa
 def _int_scheme(group: Mapping[str, Any]) -> QuantScheme:
     weights = group["weights"]
     num_bits, strategy, group_size = weights.get("num_bits", 8), weights.get("strategy"), weights.get("group_size")
-    if weights.get("type", "int") != "int" or num_bits not in (4, 8) or isinstance(num_bits, bool):
-        refuse(f"{weights.get('type', 'int')} weights of {num_bits} bits cannot be run; int of 4 or 8 bits can")
+    if weights.get("type", "int") != "int" or type(num_bits) is not int or not 2 <= num_bits <= 8:
+        refuse(f"{weights.get('type', 'int')} weights of {num_bits} bits cannot be run; int of 2 to 8 bits can")
+    if group.get("input_activations") is not None and num_bits not in (4, 8):
+        refuse(f"input_activations beside weights of {num_bits} bits cannot be run; beside 4 or 8 bits they can")
     if weights.get("actorder") in (True, "group") or weights.get("dynamic") not in (None, False):
         refuse("activation order by group and dynamic weights cannot be run")
     if strategy is None:

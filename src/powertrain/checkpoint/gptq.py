@@ -1,8 +1,9 @@
 """GPTQ checkpoints: integers packed into int32 words along the inputs, by AutoGPTQ, GPTQModel and their kin.
 
-`qweight` int32 [in * b / 32, out]: bit k * b of a word holds its k-th input, low end first. `scales` float [groups,
-out]. `qzeros` int32 [groups, out * b / 32], packed along the outputs; checkpoint_format "gptq" stores a zero minus one,
-"gptq_v2" the zero itself. `g_idx` int32 [in]: the group of each input, which activation order (`desc_act`) scatters.
+`qweight` int32 [in * b / 32, out]: input k of a column lies at bit k * b, low end first, so 3 bits straddle words.
+`scales` float [groups, out]. `qzeros` int32 [groups, out * b / 32], packed along the outputs; checkpoint_format "gptq"
+stores a zero minus one, "gptq_v2" the zero itself. `g_idx` int32 [in]: the group of each input, which activation order
+(`desc_act`) scatters.
 A weight is `(q - zero) * scale`, all of them unsigned.
 Format: https://github.com/ModelCloud/GPTQModel, method: Frantar et al. 2022, arXiv 2210.17323
 """
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from powertrain.checkpoint.compressed_tensors import num_words, unpack_int32
+from powertrain.checkpoint.compressed_tensors import num_words, pack_int32, unpack_int32
 from powertrain.checkpoint.quantization_config import (
     HEAD,
     flag_of,
@@ -30,6 +31,9 @@ from powertrain.model.weights import IntWeight
 from powertrain.types import ModelFileError
 
 FORMATS = ("gptq", "gptq_v2")
+BITS = (2, 3, 4, 8)
+MISPLACED_ONES = (0x24924924, -0x6DB6DB6E, 0x49249249)
+"""What GPTQModel before its pull request 2763 subtracted from three words of 3-bit zeros: fours, ones and twos."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +60,10 @@ def gptq_scheme_of(quantization: Mapping[str, Any], layer: str) -> GPTQScheme | 
     if quantization.get("pack_dtype", "int32") != "int32":
         refuse(f"pack_dtype {quantization['pack_dtype']!r} cannot be run; int32 can")
     bits = quantization.get("bits")
-    if bits not in (4, 8) or type(bits) is not int:
-        refuse(f"bits {bits!r} cannot be run; 4 and 8 can")
+    if bits not in BITS or type(bits) is not int:
+        refuse(f"bits {bits!r} cannot be run; 2, 3, 4 and 8 can")
+    if bits == 3 and found == "gptq" and not flag_of(quantization, "sym", False):
+        refuse("sym false with bits 3 cannot be run: writers disagree about its zeros; checkpoint_format 'gptq_v2' can")
     scheme = GPTQScheme(
         num_bits=bits,
         group_size=group_size_of(quantization),
@@ -82,6 +88,10 @@ def load_gptq_weight(checkpoint: Checkpoint, layer: str, scheme: GPTQScheme, sha
     scale = load_checked(checkpoint, f"{layer}.scales", (groups, out_features)).t().contiguous()
     values = unpack_int32(packed.t(), bits, shape)
     values = values if order is None else values.index_select(1, order)
+    if bits == 3 and scheme.has_zero_minus_one:
+        if not _are_middle_zeros_of_3_bits(zeros, out_features):
+            raise ModelFileError(f"{checkpoint.path}: {layer}.qzeros are not all in the middle, as sym says they are")
+        return IntWeight(values, scale, None, bits, order)
     return IntWeight(values, scale, _zero_point(zeros, scheme, out_features), bits, order)
 
 
@@ -117,3 +127,11 @@ def _zero_point(zeros: Tensor, scheme: GPTQScheme, out_features: int) -> Tensor 
     ones = sum(1 << bit for bit in range(0, 32, scheme.num_bits))
     actual = unpack_int32(zeros + ones, scheme.num_bits, shape)
     return actual.t().contiguous() if actual.any() else None
+
+
+def _are_middle_zeros_of_3_bits(zeros: Tensor, out_features: int) -> bool:
+    """Whether all zeros are 4 in one of the ways it is written: minus one, as it is, or minus `MISPLACED_ONES`."""
+    middle = torch.zeros(zeros.shape[0], out_features, dtype=torch.int8)
+    ones = torch.tensor(MISPLACED_ONES, dtype=torch.int32).repeat(-(-zeros.shape[1] // 3))[: zeros.shape[1]]
+    written = [pack_int32(middle - 1, 3), pack_int32(middle, 3), pack_int32(middle, 3) - ones]
+    return any(torch.equal(zeros, words) for words in written)

@@ -98,7 +98,7 @@ def _stack(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix | None:
     first = matrices[0]
     if any(other[1:] != first[1:] for other in matrices):
         return None
-    ints = [matrix.weight for matrix in matrices if isinstance(matrix.weight, IntWeight)]
+    ints = [matrix.weight.widened() for matrix in matrices if isinstance(matrix.weight, IntWeight)]
     float8s = [matrix.weight for matrix in matrices if isinstance(matrix.weight, Float8Weight)]
     float4s = [matrix.weight for matrix in matrices if isinstance(matrix.weight, Float4Weight)]
     whole: IntWeight | Float8Weight | Float4Weight | None = None

@@ -287,7 +287,9 @@ class _Writer:
                 weight, layer.scheme, moments, step.gptq_options(), scale_dtype=self._plan.dtype, name=layer.name
             )
         else:
-            quantized, error = rtn(weight, layer.scheme, scale_dtype=self._plan.dtype, name=layer.name)
+            quantized, error = rtn(
+                weight, layer.scheme, scale_dtype=self._plan.dtype, observer=step.observer, name=layer.name
+            )
         tensors = int_weight_tensors(layer.name, quantized, stored_format(layer.scheme))
         self._layers.append(
             LayerReport(

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from powertrain.compress.quantize import weight_error
-from powertrain.compress.ranges import choose_range
+from powertrain.compress.ranges import Observer, choose_range
 from powertrain.model.weights import IntWeight
 from powertrain.types import PowertrainError, QuantScheme
 
@@ -38,7 +38,7 @@ class GptqOptions:
     damping_frac: float = 0.01
     orders_columns: bool = True
     correction: float = 0.25
-    observer: str = "mse"
+    observer: Observer = "mse"
 
 
 @dataclass(slots=True)

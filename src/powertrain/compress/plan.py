@@ -85,7 +85,8 @@ class CompressionPlan:
         for layer in self.layers:
             kind = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
             size = f"group {layer.scheme.group_size}" if layer.scheme.group_size else CHANNEL
-            what = f"{layer.step.method} {layer.step.scheme_name} {size}"
+            observer = "" if layer.step.observer == "minmax" else f" {layer.step.observer}"
+            what = f"{layer.step.method} {layer.step.scheme_name} {size}{observer}"
             row = (kind, f"{layer.shape[0]} x {layer.shape[1]}", what)
             rows[row] = rows.get(row, 0) + 1
         widths = [max(len(row[column]) for row in rows) for column in range(2)]

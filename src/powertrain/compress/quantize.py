@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from powertrain.compress.ranges import Observer, choose_range, to_integers
 from powertrain.model.weights import IntWeight
 from powertrain.types import PowertrainError, QuantScheme
 
@@ -59,13 +60,15 @@ def rtn(
     scheme: QuantScheme,
     *,
     scale_dtype: torch.dtype = torch.float32,
+    observer: Observer = "minmax",
     name: str = "weight",
 ) -> tuple[IntWeight, float]:
-    """Round a matrix to the nearest point of a min/max grid (compressed-tensors' conventions).
+    """Round a matrix to the nearest points of a grid per group (compressed-tensors' conventions).
 
     `weight` is float [out, in]. Symmetric: scale = absmax / ((2^b - 1) / 2), so 7.5 steps for 4 bits. Asymmetric: the
-    range, widened to hold zero, in 2^b - 1 steps with an integer zero point. The scale is rounded to `scale_dtype`
-    before the integers are chosen, so that what is stored is what was rounded to; a group of zeros stays exactly zero.
+    range, widened to hold zero, in 2^b - 1 steps with an integer zero point. `observer` "mse" searches for a smaller
+    range with less error (`compress/ranges.py`). The scale is rounded to `scale_dtype` before the integers are chosen,
+    so that what is stored is what was rounded to; a group of zeros stays exactly zero.
 
     Returns the integers and the normalised squared weight error, ||w - w'||^2 / ||w||^2.
     Raises `PowertrainError` naming `name` if the weight is not a matrix, holds NaN or infinity, has rows the groups do
@@ -77,20 +80,8 @@ def rtn(
     check_group_size(name, in_features, scheme.group_size)
     weight = weight.to(torch.float32)
     groups = weight.view(out_features, -1, scheme.group_size or in_features)
-    q_min, q_max = -(2 ** (scheme.num_bits - 1)), 2 ** (scheme.num_bits - 1) - 1
-    low = groups.amin(dim=-1).clamp(max=0.0)
-    high = groups.amax(dim=-1).clamp(min=0.0)
-    if not bool(torch.isfinite(high - low).all()):
-        raise PowertrainError(f"{name}: holds NaN or infinity, so no grid fits it; the source file is damaged")
-    if scheme.symmetric:
-        scale = _storable(torch.maximum(-low, high) / ((q_max - q_min) / 2), scale_dtype, name)
-        zero_point = None
-        steps = groups / scale.unsqueeze(-1)
-    else:
-        scale = _storable((high - low) / (q_max - q_min), scale_dtype, name)
-        zero_point = torch.round(q_min - low / scale).clamp(q_min, q_max)
-        steps = groups / scale.unsqueeze(-1) + zero_point.unsqueeze(-1)
-    values = torch.round(steps).clamp_(q_min, q_max)
+    scale, zero_point = choose_range(groups, scheme.num_bits, scheme.symmetric, observer, scale_dtype, name)
+    values = to_integers(groups, scale, zero_point, scheme.num_bits)
     quantized = IntWeight(
         values=values.to(torch.int8).view(out_features, in_features),
         scale=scale.to(scale_dtype),
@@ -98,16 +89,6 @@ def rtn(
         num_bits=scheme.num_bits,
     )
     return quantized, weight_error(weight, quantized.dequantize())
-
-
-def _storable(scale: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """The scales as they will read back from `dtype`, in float32; never zero, so that dividing by them is safe."""
-    stored = scale.to(dtype).to(torch.float32)
-    if not bool(torch.isfinite(stored).all()):
-        raise PowertrainError(f"{name}: weights are too large for {dtype} scales; choose dtype bfloat16 or float32")
-    underflow = torch.full_like(stored, torch.finfo(dtype).tiny)
-    stored = torch.where((stored == 0) & (scale > 0), underflow, stored)
-    return torch.where(scale == 0, torch.ones_like(stored), stored)
 
 
 def weight_error(weight: torch.Tensor, approximation: torch.Tensor) -> float:

@@ -1,34 +1,110 @@
-"""Temporary: replaced at the merge."""
+"""Which range of weights the grid of a group spans: its scale and zero point, and the integers they give."""
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias
+
 import torch
+from torch import Tensor
+
+from powertrain.types import PowertrainError
+
+Observer: TypeAlias = Literal["minmax", "mse"]
+OBSERVERS: tuple[Observer, ...] = ("minmax", "mse")
+
+ERROR_POWER = 2.4
+"""The search minimises sum |w - w'|^p. 2.4 is the field's: GPTQ's code and llm-compressor's `mse` observer have it, so
+results can be compared. It was not fitted here; above 2, the few large errors that clipping makes weigh more."""
+
+SHRINK_STEPS = 50
+"""The search tries 1, 0.99, ... 0.5 of the full range. Gaussian groups of 64 want 0.65 to 0.7 of it at 2 bits and 0.95
+at 4; a tenth of groups with heavy tails would go below a half at 2 bits."""
+
+CHUNK_WEIGHTS = 1 << 14
+"""Weights searched at a time. Temporaries stay in a core's cache, and torch does not wake its threads for so few:
+beside other work they wait on each other up to ten times as long as they compute."""
 
 
-def choose_range(groups, num_bits, symmetric, observer, scale_dtype, name):
-    low = groups.amin(-1).clamp(max=0.0)
-    high = groups.amax(-1).clamp(min=0.0)
-    q_min, q_max = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
+def choose_range(
+    groups: Tensor,
+    num_bits: int,
+    symmetric: bool,
+    observer: Observer,
+    scale_dtype: torch.dtype,
+    name: str,
+) -> tuple[Tensor, Tensor | None]:
+    """The grid of each group: (scale, zero point), float32 [...], for `groups` float32 [..., g] that share one each.
 
-    def grid(f):
-        if symmetric:
-            s = (torch.maximum(-low, high) * f / ((q_max - q_min) / 2)).to(scale_dtype).float().clamp(min=1e-30)
-            return s, torch.zeros_like(s)
-        s = ((high - low) * f / (q_max - q_min)).to(scale_dtype).float().clamp(min=1e-30)
-        return s, torch.round(q_min - low * f / s).clamp(q_min, q_max)
-
-    best = grid(1.0)
+    The range of `minmax` is that of the group, widened to hold zero; `mse` takes the part of it, from all down to half,
+    that leaves the least sum |w - w'|^2.4. Symmetric: the scale is its absolute maximum over (2^b - 1) / 2, and there
+    is no zero point. Asymmetric: its length over 2^b - 1, and the zero point is an integer in
+    [-2^(b-1), 2^(b-1) - 1]. Scales are values of `scale_dtype`, rounded to it before anything is derived from them, and
+    never zero. Raises `PowertrainError` naming `name` for NaN, infinity or a scale beyond `scale_dtype`.
+    """
+    low = groups.amin(dim=-1).clamp(max=0.0)
+    high = groups.amax(dim=-1).clamp(min=0.0)
+    if not bool(torch.isfinite(high - low).all()):
+        raise PowertrainError(f"{name}: holds NaN or infinity, so no grid fits it; the source file is damaged")
+    scale, zero_point = _grid(low, high, num_bits, symmetric, scale_dtype, name)
     if observer == "mse":
+        size = groups.shape[-1]
+        flat, step = groups.reshape(-1, size), max(1, CHUNK_WEIGHTS // size)
+        lows, highs, scales = low.flatten(), high.flatten(), scale.flatten()
+        zeros = None if zero_point is None else zero_point.flatten()
+        for start in range(0, len(flat), step):
+            part = slice(start, start + step)
+            scales[part], found = _search(flat[part], lows[part], highs[part], num_bits, symmetric, scale_dtype, name)
+            if zeros is not None and found is not None:
+                zeros[part] = found
+        scale, zero_point = scales.view_as(low), None if zeros is None else zeros.view_as(low)
+    return scale, zero_point
 
-        def err(s, z):
-            q = torch.round(groups / s.unsqueeze(-1) + z.unsqueeze(-1)).clamp_(q_min, q_max)
-            return ((q - z.unsqueeze(-1)) * s.unsqueeze(-1) - groups).square().sum(-1)
 
-        e = err(*best)
-        for i in range(1, 50, 2):
-            g = grid(1 - i * 0.01)
-            n = err(*g)
-            better = n < e
-            e = torch.where(better, n, e)
-            best = tuple(torch.where(better, a, b) for a, b in zip(g, best, strict=True))
-    return best[0], None if symmetric else best[1]
+def to_integers(groups: Tensor, scale: Tensor, zero_point: Tensor | None, num_bits: int) -> Tensor:
+    """The nearest integers of the grid, float32 [..., g], of what `choose_range` gave for `groups` [..., g]."""
+    return torch.round(_positions(groups, scale, zero_point)).clamp_(-(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1)
+
+
+def _positions(groups: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """Where the weights lie on the grid, in steps."""
+    steps = groups / scale.unsqueeze(-1)
+    return steps if zero_point is None else steps.add_(zero_point.unsqueeze(-1))
+
+
+def _grid(
+    low: Tensor, high: Tensor, num_bits: int, symmetric: bool, scale_dtype: torch.dtype, name: str
+) -> tuple[Tensor, Tensor | None]:
+    q_min, q_max = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
+    if symmetric:
+        return _storable(torch.maximum(-low, high) / ((q_max - q_min) / 2), scale_dtype, name), None
+    scale = _storable((high - low) / (q_max - q_min), scale_dtype, name)
+    return scale, torch.round(q_min - low / scale).clamp(q_min, q_max)
+
+
+def _search(
+    groups: Tensor, low: Tensor, high: Tensor, num_bits: int, symmetric: bool, scale_dtype: torch.dtype, name: str
+) -> tuple[Tensor, Tensor | None]:
+    """The best grid of each of `groups` [n, g] by trial."""
+    shares = 1.0 - 0.5 * torch.arange(SHRINK_STEPS + 1, device=groups.device).unsqueeze(1) / SHRINK_STEPS
+    scales, zero_points = _grid(low * shares, high * shares, num_bits, symmetric, scale_dtype, name)
+    errors = torch.empty_like(scales)
+    for trial, scale in enumerate(scales):
+        zero_point = None if zero_points is None else zero_points[trial]
+        difference = _positions(groups, scale, zero_point)
+        difference -= torch.round(difference).clamp_(-(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1)
+        # |d|^p by logarithms, which takes less than half of the time that `pow` does; log2(0) * p comes back as 0
+        torch.sum(difference.abs_().log2_().mul_(ERROR_POWER).exp2_(), dim=-1, out=errors[trial])
+    # Errors are summed in steps and weighed by the step over the full range: |w|^2.4 of tiny weights is no float.
+    errors *= (scales / torch.where(high > low, high - low, 1.0)).pow_(ERROR_POWER)
+    best = errors.argmin(dim=0, keepdim=True)
+    return scales.gather(0, best)[0], None if zero_points is None else zero_points.gather(0, best)[0]
+
+
+def _storable(scale: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The scales as they will read back from `dtype`, in float32; never zero, so that dividing by them is safe."""
+    stored = scale.to(dtype).to(torch.float32)
+    if not bool(torch.isfinite(stored).all()):
+        raise PowertrainError(f"{name}: weights are too large for {dtype} scales; choose dtype bfloat16 or float32")
+    underflow = torch.full_like(stored, torch.finfo(dtype).tiny)
+    stored = torch.where((stored == 0) & (scale > 0), underflow, stored)
+    return torch.where(scale == 0, torch.ones_like(stored), stored)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from powertrain.compress.gptq import MAX_DAMPING, GptqOptions
+from powertrain.compress.ranges import OBSERVERS, Observer
 from powertrain.types import PowertrainError, QuantScheme
 
 CHANNEL = "channel"
@@ -19,6 +20,12 @@ HEAD = "lm_head"
 SCHEMES: dict[str, QuantScheme] = {
     "W4A16": QuantScheme(num_bits=4, group_size=64),
     "W4A16_ASYM": QuantScheme(num_bits=4, group_size=64, symmetric=False),
+    "W2A16": QuantScheme(num_bits=2, group_size=64),
+    "W2A16_ASYM": QuantScheme(num_bits=2, group_size=64, symmetric=False),
+    "W3A16": QuantScheme(num_bits=3, group_size=64),
+    "W3A16_ASYM": QuantScheme(num_bits=3, group_size=64, symmetric=False),
+    "W5A16": QuantScheme(num_bits=5, group_size=64),
+    "W6A16": QuantScheme(num_bits=6, group_size=64),
     "W8A16": QuantScheme(num_bits=8),
     "W8A16_ASYM": QuantScheme(num_bits=8, symmetric=False),
     "W4A8": QuantScheme(num_bits=4, group_size=64, activation_bits=8),
@@ -26,11 +33,11 @@ SCHEMES: dict[str, QuantScheme] = {
 }
 """Scheme names of compressed-tensors with the group size used when a step gives none.
 
-Theirs is 128 for 4 bits, which does not divide the rows of many small models (576 = 9 * 64); so it is 64 here.
+Theirs is 128 below 8 bits, which does not divide the rows of many small models (576 = 9 * 64); so it is 64 here.
 """
 
 METHODS = ("rtn", "gptq")
-_STEP_KEYS = ("match", "ignore", "method", "scheme", "group_size", "group_size_fallback")
+_STEP_KEYS = ("match", "ignore", "method", "scheme", "group_size", "group_size_fallback", "observer")
 _GPTQ_KEYS = ("actorder", "dampening_frac", "correction")
 _RECIPE_KEYS = ("name", "steps")
 
@@ -41,7 +48,8 @@ class Step:
 
     `match` and `ignore` hold layer names (`model.layers.0.mlp.up_proj`), `re:` patterns matched from the start of the
     name, or `Linear` for every matrix of the decoder layers. `group_size_fallback` "nearest" takes, where the group
-    size does not divide a row, the nearest one that does; "refuse" stops with an error.
+    size does not divide a row, the nearest one that does; "refuse" stops with an error. `observer` says how the range
+    of a group is chosen (`compress/ranges.py`).
     """
 
     match: tuple[str, ...]
@@ -50,6 +58,7 @@ class Step:
     method: Literal["rtn", "gptq"] = "rtn"
     ignore: tuple[str, ...] = ()
     group_size_fallback: Literal["refuse", "nearest"] = "refuse"
+    observer: Observer = "minmax"
     actorder: Literal["static", "none"] = "static"
     dampening_frac: float = 0.01
     correction: Literal["none", "asymmetric"] = "none"
@@ -60,7 +69,12 @@ class Step:
         return self.method != "rtn"
 
     def gptq_options(self) -> GptqOptions:
-        return GptqOptions(damping_frac=self.dampening_frac, orders_columns=self.actorder == "static")
+        return GptqOptions(
+            damping_frac=self.dampening_frac,
+            orders_columns=self.actorder == "static",
+            correction=0.25 if self.correction == "asymmetric" else 0.0,
+            observer=self.observer,
+        )
 
     def matches(self, layer: str) -> bool:
         return any(_matches(p, layer) for p in self.match) and not any(_matches(p, layer) for p in self.ignore)
@@ -74,6 +88,7 @@ class Step:
             "scheme": self.scheme_name,
             "group_size": self.scheme.group_size or CHANNEL,
             "group_size_fallback": self.group_size_fallback,
+            "observer": self.observer,
             **({key: getattr(self, key) for key in _GPTQ_KEYS} if self.method == "gptq" else {}),
         }
 
@@ -159,6 +174,7 @@ def _parse_step(value: Any, where: str) -> Step:
     fallback = _one_of(
         value.get("group_size_fallback", "refuse"), ("refuse", "nearest"), f"{where}.group_size_fallback"
     )
+    observer = _one_of(value.get("observer", "minmax" if method == "rtn" else "mse"), OBSERVERS, f"{where}.observer")
     return Step(
         match=_patterns(value.get("match") or None, f"{where}.match"),
         ignore=_patterns(value.get("ignore", []), f"{where}.ignore"),
@@ -166,6 +182,7 @@ def _parse_step(value: Any, where: str) -> Step:
         scheme_name=scheme_name,
         scheme=_scheme(scheme_name, value, where),
         group_size_fallback="nearest" if fallback == "nearest" else "refuse",
+        observer=observer,  # type: ignore[arg-type]
         **_gptq_fields(value, where),
     )
 

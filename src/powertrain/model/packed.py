@@ -148,14 +148,16 @@ def gguf_part(type_name: str, rows: npt.NDArray[np.uint8]) -> Part:
 
 
 def int_part(weight: IntWeight, quantizes_activations: bool = False) -> Part:
-    """Integers of 4 or 8 bits. Other grids, and groups that are no whole blocks, become float32.
+    """Integers of 2 to 8 bits, in the codes of 4 bits if they fit and else of 8, so a stream is as long as theirs.
 
-    Scales and minima are kept in float16 where that loses nothing, else in float32.
+    Groups that are no whole blocks become float32. Scales and minima are kept in float16 where that loses nothing,
+    else in float32.
     """
     out_features, in_features = weight.values.shape
     num_groups = weight.scale.shape[1]
-    if weight.num_bits not in (4, 8) or (num_groups > 1 and in_features // num_groups % BLOCK):
+    if num_groups > 1 and in_features // num_groups % BLOCK:
         return weight.dequantize()
+    weight = weight.widened()
     values = torch.nn.functional.pad(weight.values, (0, -in_features % BLOCK)).view(out_features, -1, BLOCK)
     lowest = 0
     codes = values.view(torch.uint8)

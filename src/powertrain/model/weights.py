@@ -48,6 +48,13 @@ class IntWeight(NamedTuple):
         weight = (values * self.scale.to(torch.float32).unsqueeze(-1)).view(out_features, in_features).to(dtype)
         return weight if self.input_order is None else weight[:, self.input_order.argsort()]
 
+    def widened(self) -> IntWeight:
+        """The same integers counted as 4 bits (if 2 or 3) or 8 (if 5 to 7), the widths that products are written for.
+
+        So they run as fast as those and read as much memory: fewer bits make a smaller file, not a smaller step.
+        """
+        return self._replace(num_bits=4 if self.num_bits <= 4 else 8)
+
 
 class WeightFormat(Protocol):
     """A stored matrix [out, in]: knows its bytes and multiplies activations [rows, in] into [rows, out]."""
@@ -169,7 +176,10 @@ class Dense:
 
 
 class Int8Channel:
-    """8-bit integers with one scale per output: W8A16. A zero point becomes one column: -zero * scale * sum(x)."""
+    """Integers of up to 8 bits, each in a byte, with one scale per output: W8A16.
+
+    A zero point becomes one column: -zero * scale * sum(x).
+    """
 
     name = "int8"
 
@@ -217,7 +227,7 @@ class Int8Channel:
 
 
 class Int4Group:
-    """4-bit integers with a scale (and a zero) per group of inputs: W4A16, symmetric or not.
+    """Integers of up to 4 bits, each in a nibble, with a scale (and a zero) per group of inputs: W4A16 and below.
 
     Holds the nibbles for the dequantized product and, on a CPU with a group size it knows, the same nibbles in the
     layout of torch's kernel; a product reads one of the two.
@@ -258,7 +268,7 @@ class Int4Group:
 
 
 class Int8Group:
-    """8-bit integers with a scale (and a zero) per group of inputs: W8A16. Dequantized for each product."""
+    """Integers of up to 8 bits with a scale (and a zero) per group of inputs. Dequantized for each product."""
 
     name = "int8 group"
 
@@ -289,17 +299,19 @@ class Int8Group:
 def pack_int_weight(weight: IntWeight, device: torch.device) -> WeightFormat:
     """The running format for quantized integers, which stay quantized. Its columns stand as in `weight.values`.
 
-    Other grids (4 bits over odd rows) raise `ModelFileError`: dequantizing them at load would be slower and larger than
-    what the user thinks is running.
+    2 and 3 bits run as 4, 5 to 7 as 8: `nbytes` and `step_bytes` of the format are those of the wider one, which is
+    what a step reads. Other grids (up to 4 bits over odd rows) raise `ModelFileError`: dequantizing them at load would
+    be slower and larger than what the user thinks is running.
     """
-    if weight.num_bits == 8:
-        return Int8Channel.pack(weight, device) if weight.scale.shape[1] == 1 else Int8Group.pack(weight, device)
-    if weight.num_bits == 4 and weight.values.shape[1] % 2 == 0:
-        blocked = Int4Blocked.pack(weight, device) if device.type == "cuda" else None
-        return blocked or Int4Group.pack(weight, device)
     kind = f"{weight.num_bits} bits, {weight.scale.shape[1]} groups a row" + (
         "" if weight.zero_point is None else ", asymmetric"
     )
+    weight = weight.widened()
+    if weight.num_bits == 8:
+        return Int8Channel.pack(weight, device) if weight.scale.shape[1] == 1 else Int8Group.pack(weight, device)
+    if weight.values.shape[1] % 2 == 0:
+        blocked = Int4Blocked.pack(weight, device) if device.type == "cuda" else None
+        return blocked or Int4Group.pack(weight, device)
     raise ModelFileError(f"no running format for {kind}; use 8 bits, or 4 bits over even rows")
 
 

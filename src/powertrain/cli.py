@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from powertrain import __version__
+from powertrain.cli_evaluate import evaluate
 from powertrain.cli_options import (
     Device,
     DType,
@@ -24,7 +25,6 @@ from powertrain.cli_options import (
     sampling_options,
 )
 from powertrain.cli_output import progress_bars, say, write_json
-from powertrain.config import Kernels, KVCacheDType
 from powertrain.types import PowertrainError
 
 app = typer.Typer(
@@ -285,54 +285,7 @@ def compress(
     say(f"next: powertrain evaluate {out} --reference {model}")
 
 
-@app.command()
-def evaluate(
-    candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help="The model to judge.")],
-    reference: Annotated[str, typer.Option(help="The model it should be like.")],
-    data: Annotated[
-        str, typer.Option(help="self: text sampled from the reference; or a file of text or JSON lines.")
-    ] = "self",
-    num_tokens: Annotated[int, typer.Option(min=0, help="About how many tokens to score; 0 for all.")] = 16384,
-    window: Annotated[int, typer.Option(min=2, help="Tokens scored in one context.")] = 512,
-    chunk: Annotated[
-        int | None, typer.Option(min=1, help="Score this many rows at a time: few take the products of decoding.")
-    ] = None,
-    device: Annotated[Device, typer.Option(help="Where to run.")] = "auto",
-    dtype: Annotated[DType, typer.Option(help="Activation type of the candidate.")] = "auto",
-    kernels: Annotated[Kernels, typer.Option(help="CPU kernels of the candidate.")] = "auto",
-    kv_cache_dtype: Annotated[KVCacheDType, typer.Option(help="KV cache type of the candidate.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the sampled text and of the bootstrap.")] = 0,
-    json: JsonFile = None,
-) -> None:
-    """How far a model is from another: KL divergence, agreement, perplexity, with 95 % intervals."""
-    from powertrain.compress.manifest import MANIFEST_FILE, update_manifest
-    from powertrain.measure.evaluate import evaluate as run
-
-    with progress_bars() as progress:
-        found = run(
-            candidate,
-            reference,
-            data=data,
-            num_tokens=num_tokens or None,
-            window=window,
-            chunk=chunk,
-            device=device,
-            dtype=dtype,
-            kernels=kernels,
-            kv_cache_dtype=kv_cache_dtype,
-            seed=seed,
-            progress=progress,
-        )
-    for name in ("kl_mean", "kl_p50", "kl_p99", "top1_agreement", "ppl_reference", "ppl_candidate", "ppl_ratio"):
-        low, high = found.intervals.get(name, (None, None))
-        interval = f"   [{low:.5g}, {high:.5g}]" if low is not None and high is not None else ""
-        print(f"{name:<16} {getattr(found, name):>10.5g}{interval}")
-    print(f"{'bits_per_weight':<16} {found.bits_per_weight:>10.2f}\n{'bytes':<16} {found.bytes:>10,}")
-    say(f"{found.num_tokens:,} tokens in {found.num_windows} windows; intervals are 95 %")
-    write_json(json, found.to_dict())
-    if (Path(candidate) / MANIFEST_FILE).is_file():
-        update_manifest(candidate, evaluation=found.to_dict())
-        say(f"kept in {Path(candidate) / MANIFEST_FILE}")
+app.command()(evaluate)
 
 
 @bench.command("kernels")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,14 +51,7 @@ def read_texts(path: str | Path) -> list[str]:
     Raises `PowertrainError` naming the file, and the line at fault.
     """
     path = Path(path)
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
-            content = stream.read().decode("utf-8")
-    except UnicodeDecodeError:
-        raise PowertrainError(f"{path}: not UTF-8 text; give a .txt or .jsonl file (maybe .gz)") from None
-    except (OSError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise PowertrainError(f"{path}: cannot be read ({reason}); give `self` or a .txt or .jsonl file") from None
+    content = read_utf8(path, "give `self` or a .txt or .jsonl file")
     name = path.name.removesuffix(".gz")
     if not name.endswith((".jsonl", ".json")):
         texts = [content]
@@ -67,6 +61,18 @@ def read_texts(path: str | Path) -> list[str]:
     if not any(text.strip() for text in texts):
         raise PowertrainError(f"{path}: holds no text")
     return texts
+
+
+def read_utf8(path: Path, hint: str) -> str:
+    """The text of a UTF-8 file, `.gz` unpacked. Raises `PowertrainError` with `hint` if it cannot be read."""
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+            return stream.read().decode("utf-8")
+    except UnicodeDecodeError:
+        raise PowertrainError(f"{path}: not UTF-8 text; give a .txt or .jsonl file (maybe .gz)") from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise PowertrainError(f"{path}: cannot be read ({reason}); {hint}") from None
 
 
 def _text_of(line: str, where: str) -> str:

@@ -10,6 +10,7 @@ from powertrain.measure.statistics import (
     TokenScores,
     compare_logits,
     summarize,
+    summarize_items,
     summarize_perplexity,
     token_nll,
 )
@@ -147,3 +148,17 @@ def test_perplexity_weighs_tokens_and_survives_a_broken_model():
     assert low == pytest.approx(np.e)
     assert high == pytest.approx(np.exp(2))
     assert np.isfinite(summarize_perplexity([np.full(3, 1e6)]).values["ppl"])
+
+
+def test_intervals_over_items_are_paired():
+    generator = np.random.default_rng(0)
+    before = (generator.random(2000) < 0.5).astype(float)
+    moved = generator.random(2000) < 0.02
+    after = np.where(moved, 1 - before, before)
+    found = summarize_items({"before": before, "after": after, "difference": after - before}, 2000)
+    assert found.values["difference"] == pytest.approx(after.mean() - before.mean())
+    for name, column in (("before", before), ("difference", after - before)):
+        low, high = found.intervals[name]
+        # the bootstrap's normal limit: 1.96 standard errors each way, of the differences and not of both columns
+        assert (high - low) / 2 == pytest.approx(1.96 * column.std() / np.sqrt(2000), rel=0.1)
+    assert summarize_items({"one": before[:1]}).intervals == {}

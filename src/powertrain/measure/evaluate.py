@@ -21,6 +21,7 @@ from powertrain.measure.scoring import (
     Data,
     Model,
     Progress,
+    check_same_vocabulary,
     data_name,
     data_windows,
     predictions,
@@ -180,11 +181,7 @@ class Reference:
         """Score `candidate` on every window against this reference. Raises what `evaluate` raises."""
         started = time.perf_counter()
         reference = self.model
-        if candidate.vocab_size != reference.vocab_size:
-            raise PowertrainError(
-                f"{candidate.name} has {candidate.vocab_size} tokens and {reference.name} {reference.vocab_size}: "
-                "only models of one vocabulary can be compared"
-            )
+        check_same_vocabulary(candidate, reference)
         scores = []
         for index in range(len(self.windows)):
             scores.append(self._compare_window(index, candidate, chunk))

@@ -83,6 +83,15 @@ def read_model(
     )
 
 
+def check_same_vocabulary(candidate: Model, reference: Model) -> None:
+    """Raises `PowertrainError` naming both if their vocabularies differ in size."""
+    if candidate.vocab_size != reference.vocab_size:
+        raise PowertrainError(
+            f"{candidate.name} has {candidate.vocab_size} tokens and {reference.name} {reference.vocab_size}: "
+            "only models of one vocabulary can be compared"
+        )
+
+
 def count_parameters(checkpoint: Checkpoint) -> int:
     """All weights of a checkpoint: a packed matrix counts as what it stands for, its scales as nothing."""
     total = 0

@@ -6,7 +6,7 @@ difference. Efron, "Bootstrap Methods: Another Look at the Jackknife", Annals of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -106,6 +106,21 @@ def summarize_perplexity(windows: list[Floats], num_resamples: int = 1000, seed:
 
     values = next(statistics(np.ones((1, len(windows)))))
     return Summary(values, _intervals(statistics(_resamples(len(windows), num_resamples, seed)), len(windows)))
+
+
+def summarize_items(columns: Mapping[str, Floats], num_resamples: int = 1000, seed: int = 0) -> Summary:
+    """The mean of each column, one number per item, with its 95 % bootstrap interval over items.
+
+    A draw takes the same items of every column, so the interval of a column of differences is a paired one.
+    """
+    table = np.stack(list(columns.values()), axis=1).astype(np.float64)
+    num_items = len(table)
+
+    def statistics(counts: Floats) -> Iterator[dict[str, float]]:
+        return (dict(zip(columns, map(float, row), strict=True)) for row in counts @ table / num_items)
+
+    values = next(statistics(np.ones((1, num_items))))
+    return Summary(values, _intervals(statistics(_resamples(num_items, num_resamples, seed)), num_items))
 
 
 def _resamples(num_windows: int, num_resamples: int, seed: int) -> Floats:

@@ -1,0 +1,160 @@
+"""All judges of one candidate in one run: both models are read once, and every verdict lands in one record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from powertrain.measure import agreement as greedy
+from powertrain.measure.evaluate import DEFAULT_NUM_TOKENS, DEFAULT_WINDOW, Evaluation, Reference
+from powertrain.measure.gates import Gate, Verdict, check_gates_can_be_held, hold
+from powertrain.measure.scoring import SELF, Data, Progress, read_model
+from powertrain.measure.tasks import Score, TaskEvaluation, TaskResult, evaluate_tasks
+from powertrain.types import PowertrainError
+
+NONE = "none"
+"""As `data`: no text is scored, only tasks or greedy text."""
+
+_SHOWN = ("kl_mean", "kl_p50", "kl_p99", "top1_agreement", "ppl_reference", "ppl_candidate", "ppl_ratio")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """What was asked for; the rest is None. `verdicts` are of the gates."""
+
+    evaluation: Evaluation | None
+    tasks: TaskEvaluation | None
+    agreement: greedy.Agreement | None
+    verdicts: Sequence[Verdict]
+
+    @property
+    def is_passed(self) -> bool:
+        return all(verdict.is_met for verdict in self.verdicts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, schema 1: the evaluation's own record, or one of kind `tasks`; the parts asked for beside it."""
+        record = {"schema": 1, "kind": "tasks"} if self.evaluation is None else self.evaluation.to_dict()
+        if self.tasks is not None:
+            whole = self.tasks.to_dict()
+            record["tasks"] = whole["tasks"]
+            record["tasks_run"] = {name: whole[name] for name in ("settings", "num_resumed", "seconds")}
+        if self.agreement is not None:
+            record["agreement"] = self.agreement.to_dict()
+        if self.verdicts:
+            record["gates"] = [verdict.to_dict() for verdict in self.verdicts]
+        return record
+
+    def manifest_entries(self) -> dict[str, Any]:
+        """What a compressed folder keeps of it: all but the single items and gates."""
+        entries: dict[str, Any] = {}
+        if self.evaluation is not None:
+            entries["evaluation"] = self.evaluation.to_dict()
+        if self.tasks is not None:
+            results = (task.to_dict() for task in self.tasks.tasks)
+            entries["tasks"] = [{key: value for key, value in row.items() if key != "items"} for row in results]
+        if self.agreement is not None:
+            entries["agreement"] = self.agreement.to_dict()
+        return entries
+
+    def text(self) -> str:
+        """Tables for a terminal."""
+        parts = [] if self.evaluation is None else [evaluation_text(self.evaluation)]
+        parts += [] if self.tasks is None else [tasks_text(self.tasks.tasks)]
+        parts += [] if self.agreement is None else [agreement_text(self.agreement)]
+        return "\n\n".join(parts)
+
+
+def judge(
+    candidate: str | Path,
+    reference: str | Path,
+    *,
+    data: Data = SELF,
+    num_tokens: int | None = DEFAULT_NUM_TOKENS,
+    window: int = DEFAULT_WINDOW,
+    chunk: int | None = None,
+    tasks: Sequence[str | Path] = (),
+    limit: int | None = None,
+    separator: str | None = None,
+    journal: str | Path | None = None,
+    agreement: str | Path | None = None,
+    num_prompts: int = greedy.DEFAULT_PROMPTS,
+    gates: Sequence[Gate] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    kernels: str = "auto",
+    kv_cache_dtype: str = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Judgement:
+    """Compare on text as `evaluate` (unless `data` is "none"), on tasks as `evaluate_tasks`, on greedy text of the file
+    `agreement`; hold the gates. Raises what these raise, and `PowertrainError` for a gate on what is not measured.
+    """
+    has_data = str(data) != NONE
+    if not has_data and not tasks and agreement is None:
+        raise PowertrainError("--data none leaves nothing to compare: give a --task or --agreement")
+    check_gates_can_be_held(gates, has_data=has_data, has_tasks=bool(tasks))
+    theirs = read_model(reference, device=device, dtype="float32")
+    ours = read_model(candidate, device=device, dtype=dtype, kernels=kernels, kv_cache_dtype=kv_cache_dtype)
+    evaluation = answered = written = None
+    if has_data:
+        against = Reference(theirs, data=data, num_tokens=num_tokens, window=window, seed=seed, progress=progress)
+        evaluation = against.compare(ours, chunk=chunk, progress=progress)
+    if tasks:
+        answered = evaluate_tasks(
+            ours, theirs, tasks, limit=limit, separator=separator, journal=journal, seed=seed, progress=progress
+        )
+    if agreement is not None:
+        written = greedy.agreement(ours, theirs, agreement, num_prompts=num_prompts, progress=progress)
+    verdicts = hold(gates, evaluation, () if answered is None else answered.tasks)
+    return Judgement(evaluation=evaluation, tasks=answered, agreement=written, verdicts=verdicts)
+
+
+def evaluation_text(found: Evaluation) -> str:
+    """The statistics with their intervals, a line each."""
+    lines = []
+    for name in _SHOWN:
+        low, high = found.intervals.get(name, (None, None))
+        interval = f"   [{low:.5g}, {high:.5g}]" if low is not None and high is not None else ""
+        lines.append(f"{name:<16} {getattr(found, name):>10.5g}{interval}")
+    lines += [f"{'bits_per_weight':<16} {found.bits_per_weight:>10.2f}", f"{'bytes':<16} {found.bytes:>10,}"]
+    return "\n".join(lines)
+
+
+def tasks_text(tasks: Sequence[TaskResult]) -> str:
+    """Accuracies with standard errors, their difference with its interval and flips, in percent, a line per score."""
+    head = ("task", "score", "items", "reference", "candidate", "difference", "flips")
+    rows = [head, *(_cells(task, name, score) for task in tasks for name, score in task.scores.items())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
+        right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+        lines.append("  ".join([*left, *right]).rstrip())
+    lines += [f"{task.name}: context of {task.num_cut} items cut on the left" for task in tasks if task.num_cut]
+    return "\n".join(lines)
+
+
+def _cells(task: TaskResult, name: str, score: Score) -> tuple[str, ...]:
+    difference = f"{100 * score.difference:+.1f}"
+    if score.difference_interval is not None:
+        low, high = score.difference_interval
+        difference += f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return (
+        task.name,
+        name,
+        str(task.num_items),
+        f"{100 * score.reference:.1f} ±{100 * score.reference_stderr:.1f}",
+        f"{100 * score.candidate:.1f} ±{100 * score.candidate_stderr:.1f}",
+        difference,
+        f"{100 * score.flips:.1f}",
+    )
+
+
+def agreement_text(found: greedy.Agreement) -> str:
+    """One line."""
+    return (
+        f"greedy text agrees for {found.median:g} tokens (median; quartiles {found.p25:g} and {found.p75:g}), "
+        f"{100 * found.identical:.0f} % of {found.num_prompts} prompts to the end of at most {found.max_tokens}"
+    )

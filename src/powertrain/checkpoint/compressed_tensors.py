@@ -19,6 +19,7 @@ from torch import Tensor
 
 from powertrain.checkpoint.float4 import FLOAT4_FORMATS, Float4Scheme, float4_scheme_of
 from powertrain.checkpoint.float8 import BLOCK, FLOAT8, Float8Scheme, Strategy
+from powertrain.checkpoint.float_presets import FloatScheme, float_group
 from powertrain.checkpoint.quantization_config import quantization_of, refuse
 from powertrain.checkpoint.source import Checkpoint, load_checked
 from powertrain.kernels.quantized import FLOAT8_BLOCK
@@ -168,32 +169,39 @@ def num_words(count: int, num_bits: int) -> int:
     return -(-count * num_bits // 32)
 
 
-def quantization_config(groups: Sequence[tuple[QuantScheme, list[str]]], ignore: Sequence[str]) -> dict[str, Any]:
+def quantization_config(
+    groups: Sequence[tuple[QuantScheme | FloatScheme, list[str]]], ignore: Sequence[str]
+) -> dict[str, Any]:
     """The `quantization_config` of a `config.json`: one config group per (scheme, targets)."""
-    formats = {stored_format(scheme) for scheme, _ in groups}
+    made = [
+        float_group(scheme.preset, targets) if isinstance(scheme, FloatScheme) else _int_group(scheme, targets)
+        for scheme, targets in groups
+    ]
+    formats = {group["format"] for group in made}
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
-        "config_groups": {
-            f"group_{number}": {
-                "targets": list(targets),
-                "weights": {
-                    "num_bits": scheme.num_bits,
-                    "type": "int",
-                    "symmetric": scheme.symmetric,
-                    "strategy": scheme.strategy,
-                    "group_size": scheme.group_size,
-                    "dynamic": False,
-                },
-                "input_activations": _input_activations(scheme),
-                "output_activations": None,
-                "format": stored_format(scheme),
-            }
-            for number, (scheme, targets) in enumerate(groups)
-        },
+        "config_groups": {f"group_{number}": group for number, group in enumerate(made)},
         "ignore": list(ignore),
         "kv_cache_scheme": None,
+    }
+
+
+def _int_group(scheme: QuantScheme, targets: Sequence[str]) -> dict[str, Any]:
+    return {
+        "targets": list(targets),
+        "weights": {
+            "num_bits": scheme.num_bits,
+            "type": "int",
+            "symmetric": scheme.symmetric,
+            "strategy": scheme.strategy,
+            "group_size": scheme.group_size,
+            "dynamic": False,
+        },
+        "input_activations": _input_activations(scheme),
+        "output_activations": None,
+        "format": stored_format(scheme),
     }
 
 

@@ -5,14 +5,20 @@ Names and fields: https://github.com/neuralmagic/compressed-tensors (`quantizati
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
-from powertrain.checkpoint.float4 import MXFP4, NVFP4
-from powertrain.checkpoint.float8 import BLOCK, FLOAT8
+import torch
+
+from powertrain.checkpoint.float4 import MXFP4, NVFP4, float4_weight_tensors
+from powertrain.checkpoint.float8 import BLOCK, FLOAT8, Strategy, float8_weight_tensors
 from powertrain.kernels.float4 import MXFP4_GROUP, NVFP4_GROUP
 from powertrain.kernels.quantized import FLOAT8_BLOCK
+from powertrain.model.float4 import Float4Weight
+from powertrain.model.float8 import Float8Weight
 from powertrain.types import PowertrainError
 
 
@@ -52,3 +58,42 @@ def float_group(preset: str, targets: Sequence[str], *, rounds_input: bool = Tru
         "output_activations": None,
         "format": stored_format,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class FloatScheme:
+    """How a matrix is stored as floats, by the name of its preset: one of `FLOAT_PRESETS`."""
+
+    preset: str
+
+    @property
+    def strategy(self) -> Strategy | None:
+        """Which weights of 8-bit floats share a scale; None for 4 bits."""
+        strategies: dict[str, Strategy] = {"FP8": "tensor", "FP8_DYNAMIC": "channel", "FP8_BLOCK": "block"}
+        return strategies.get(self.preset)
+
+    @property
+    def group_size(self) -> int | None:
+        """Inputs that share a scale; None for a whole row or more."""
+        return {"NVFP4A16": NVFP4_GROUP, "MXFP4A16": MXFP4_GROUP, "FP8_BLOCK": FLOAT8_BLOCK}.get(self.preset)
+
+    def nbytes(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Bytes of a matrix [out, in]: of its weights, and of their scales."""
+        rows, columns = shape
+        if self.preset == "NVFP4A16":
+            return rows * columns // 2, rows * (columns // NVFP4_GROUP) + 4
+        if self.preset == "MXFP4A16":
+            return rows * columns // 2, rows * (columns // MXFP4_GROUP)
+        num_scales = {
+            "tensor": 1,
+            "channel": rows,
+            "block": math.ceil(rows / FLOAT8_BLOCK) * math.ceil(columns / FLOAT8_BLOCK),
+        }
+        return rows * columns, 4 * num_scales[self.strategy or "tensor"]
+
+    def tensors(self, prefix: str, weight: Float8Weight | Float4Weight) -> dict[str, torch.Tensor]:
+        """The tensors of the layer `prefix` as they stand in the file."""
+        if isinstance(weight, Float4Weight):
+            return float4_weight_tensors(prefix, weight)
+        assert self.strategy is not None
+        return float8_weight_tensors(prefix, weight, self.strategy)

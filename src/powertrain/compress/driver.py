@@ -13,22 +13,28 @@ from typing import Any
 import torch
 
 from powertrain.checkpoint.compressed_tensors import int_weight_tensors, quantization_config, stored_format
+from powertrain.checkpoint.float_presets import FloatScheme
 from powertrain.checkpoint.hub import resolve_model
 from powertrain.checkpoint.safetensors_folder import write_checkpoint
 from powertrain.checkpoint.source import Checkpoint, open_checkpoint
 from powertrain.compress.blockwise import CalibratedWalk, block_of, names_by_block
 from powertrain.compress.calibrate import LENGTH, NUM_SAMPLES, CalibrationData, CalibrationSet, calibration_set
+from powertrain.compress.floats import to_preset
 from powertrain.compress.gptq import Moments, gptq
 from powertrain.compress.leak import Grid, describe_leaks, find_grid
 from powertrain.compress.manifest import MANIFEST_FILE, manifest_text, weights_sha256
+from powertrain.compress.plain_decoder import LINEARS_OF_STEP
 from powertrain.compress.plan import EMBEDDING, CompressionPlan, LayerPlan, make_plan, target_groups
 from powertrain.compress.quantize import rtn
 from powertrain.compress.recipe import CHANNEL, Recipe, load_recipe
 from powertrain.model.families import model_config
+from powertrain.model.float4 import Float4Weight
+from powertrain.model.float8 import Float8Weight
 from powertrain.model.weights import IntWeight
 from powertrain.types import PowertrainError
 
 FINAL_NORM = "model.norm.weight"
+Quantized = IntWeight | Float8Weight | Float4Weight
 
 Progress = Callable[[str, float, float | None], None]
 """Called as (what, done, total)."""
@@ -232,11 +238,15 @@ class _Writer:
         prefix = f"model.layers.{index}."
         layers = {layer.name: layer for layer in self._plan.layers if f"{layer.name}.weight" in weights}
         if walk is None:
-            return {name: self._quantize(layer, weights[f"{name}.weight"])[0] for name, layer in layers.items()}
+            return {
+                name: self._quantize(layer, weights[f"{name}.weight"], absmax=_shared_absmax(name, weights))[0]
+                for name, layer in layers.items()
+            }
         found: dict[str, dict[str, torch.Tensor]] = {}
+        absmax = {name: _shared_absmax(name, weights) for name in layers}
 
         def compress_one(name: str, weight: torch.Tensor, moments: Moments) -> torch.Tensor:
-            tensors, quantized = self._quantize(layers[prefix + name], weight, moments)
+            tensors, quantized = self._quantize(layers[prefix + name], weight, moments, absmax[prefix + name])
             found[prefix + name] = tensors
             return quantized.dequantize()
 
@@ -277,20 +287,23 @@ class _Writer:
         return stored
 
     def _quantize(
-        self, layer: LayerPlan, weight: torch.Tensor, moments: Moments | None = None
-    ) -> tuple[dict[str, torch.Tensor], IntWeight]:
-        """A matrix's tensors as they are stored, and its integers."""
-        step = layer.step
-        if step.method == "gptq":
-            assert moments is not None
-            quantized, error = gptq(
-                weight, layer.scheme, moments, step.gptq_options(), scale_dtype=self._plan.dtype, name=layer.name
-            )
+        self, layer: LayerPlan, weight: torch.Tensor, moments: Moments | None = None, absmax: float | None = None
+    ) -> tuple[dict[str, torch.Tensor], Quantized]:
+        """A matrix's tensors as they are stored, and what they stand for."""
+        step, name, scale_dtype = layer.step, layer.name, self._plan.dtype
+        quantized: Quantized
+        if isinstance(layer.scheme, FloatScheme):
+            floats, error = to_preset(weight, layer.scheme, search=step.observer == "mse", absmax=absmax, name=name)
+            quantized, tensors = floats, layer.scheme.tensors(name, floats)
         else:
-            quantized, error = rtn(
-                weight, layer.scheme, scale_dtype=self._plan.dtype, observer=step.observer, name=layer.name
-            )
-        tensors = int_weight_tensors(layer.name, quantized, stored_format(layer.scheme))
+            if step.method == "gptq":
+                assert moments is not None
+                ints, error = gptq(
+                    weight, layer.scheme, moments, step.gptq_options(), scale_dtype=scale_dtype, name=name
+                )
+            else:
+                ints, error = rtn(weight, layer.scheme, scale_dtype=scale_dtype, observer=step.observer, name=name)
+            quantized, tensors = ints, int_weight_tensors(name, ints, stored_format(layer.scheme))
         self._layers.append(
             LayerReport(
                 name=layer.name,
@@ -322,6 +335,14 @@ class _Writer:
             notes=self._plan.notes,
             seconds=seconds,
         )
+
+
+def _shared_absmax(name: str, weights: dict[str, torch.Tensor]) -> float:
+    """The largest size among the matrices that share a layer's input: other engines multiply by them as one."""
+    prefix, within = ".".join(name.split(".")[:3]), ".".join(name.split(".")[3:])
+    together = next((names for names in LINEARS_OF_STEP.values() if within in names), (within,))
+    found = [weights[f"{prefix}.{one}.weight"] for one in together if f"{prefix}.{one}.weight" in weights]
+    return max(float(weight.abs().amax()) for weight in found)
 
 
 def _config(checkpoint: Checkpoint, plan: CompressionPlan) -> dict[str, Any]:

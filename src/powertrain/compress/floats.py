@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from powertrain.checkpoint.float8 import Strategy
+from powertrain.checkpoint.float_presets import FloatScheme
 from powertrain.compress.quantize import weight_error
 from powertrain.kernels.float4 import (
     LARGEST_FLOAT4,
@@ -67,6 +68,21 @@ def to_float8(
     else:
         raise PowertrainError(f"{name}: strategy {strategy!r} is unknown; tensor, channel and block are known")
     return rounded, weight_error(wide, rounded.dequantize())
+
+
+def to_preset(
+    weight: torch.Tensor, scheme: FloatScheme, *, search: bool, absmax: float | None = None, name: str = "weight"
+) -> tuple[Float8Weight | Float4Weight, float]:
+    """Round a float matrix [out, in] as a preset says; `search` is for 4 bits, `absmax` for NVFP4, as below.
+
+    Returns and raises what the function of the format does.
+    """
+    if scheme.preset == "NVFP4A16":
+        return to_nvfp4(weight, search, absmax=absmax, name=name)
+    if scheme.preset == "MXFP4A16":
+        return to_mxfp4(weight, search, name=name)
+    assert scheme.strategy is not None
+    return to_float8(weight, scheme.strategy, name=name)
 
 
 def to_nvfp4(

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from powertrain.checkpoint.compressed_tensors import PACKED, stored_format
+from powertrain.checkpoint.float_presets import FloatScheme
 from powertrain.checkpoint.source import Checkpoint
 from powertrain.compress.quantize import GROUP_SIZE_STEP, check_group_size, nearest_group_size
-from powertrain.compress.recipe import CHANNEL, HEAD, Recipe, Step
+from powertrain.compress.recipe import CHANNEL, HEAD, Recipe, Scheme, Step
 from powertrain.types import ModelFileError, PowertrainError, QuantScheme
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,17 +29,19 @@ class LayerPlan:
     source: str
     shape: tuple[int, int]
     step: Step
-    scheme: QuantScheme
+    scheme: Scheme
 
     @property
     def is_packed(self) -> bool:
         """Whether several integers share a word; schemes that quantize activations too store one in a byte."""
-        return stored_format(self.scheme) == PACKED
+        return isinstance(self.scheme, QuantScheme) and stored_format(self.scheme) == PACKED
 
     @property
     def nbytes(self) -> int:
         """Bytes of the integers and of `weight_shape`; scales and zero points are in `parameter_bytes`."""
         out_features, in_features = self.shape
+        if isinstance(self.scheme, FloatScheme):
+            return self.scheme.nbytes(self.shape)[0]
         if not self.is_packed:
             return out_features * in_features
         return out_features * math.ceil(in_features * self.scheme.num_bits / 32) * 4 + SHAPE_BYTES
@@ -46,6 +49,8 @@ class LayerPlan:
     def parameter_bytes(self, scale_bytes: int) -> int:
         """Bytes of the scales, `scale_bytes` each, and of the packed zero points."""
         out_features, in_features = self.shape
+        if isinstance(self.scheme, FloatScheme):
+            return self.scheme.nbytes(self.shape)[1]
         num_groups = in_features // (self.scheme.group_size or in_features)
         packed_zero_points = math.ceil(out_features * self.scheme.num_bits / 32) * 4
         zero_points = 0 if self.scheme.symmetric else packed_zero_points if self.is_packed else out_features
@@ -150,8 +155,13 @@ def _linear_sources(shapes: dict[str, tuple[int, ...]], names_head: bool) -> dic
     return sources
 
 
-def _fit_scheme(name: str, in_features: int, step: Step) -> QuantScheme:
+def _fit_scheme(name: str, in_features: int, step: Step) -> Scheme:
     """The step's scheme with a group size that divides this layer's rows."""
+    if isinstance(step.scheme, FloatScheme):
+        if step.scheme.strategy is None and in_features % (step.scheme.group_size or 1):
+            own = f"{step.scheme_name} has groups of {step.scheme.group_size} inputs"
+            raise PowertrainError(f"{name}: {own}, which do not divide {in_features}; FP8_DYNAMIC has none")
+        return step.scheme
     size = step.scheme.group_size
     if size is not None and step.group_size_fallback == "nearest" and (in_features % size or size % GROUP_SIZE_STEP):
         return replace(step.scheme, group_size=nearest_group_size(in_features, size))
@@ -189,7 +199,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def target_groups(plan: CompressionPlan) -> tuple[list[tuple[QuantScheme, list[str]]], list[str]]:
+def target_groups(plan: CompressionPlan) -> tuple[list[tuple[Scheme, list[str]]], list[str]]:
     """(scheme, targets) pairs and the ignore list, in compressed-tensors' words and as few as say it exactly.
 
     One scheme for every matrix of the decoder is the target `Linear`; a scheme that all layers of one kind share is a
@@ -211,7 +221,7 @@ def _is_linear(name: str, shape: Sequence[int]) -> bool:
     return name.endswith(".weight") and len(shape) == 2 and name != f"{EMBEDDING}.weight"
 
 
-def _targets(scheme: QuantScheme, scheme_of: dict[str, QuantScheme], linears: Sequence[str]) -> list[str]:
+def _targets(scheme: Scheme, scheme_of: dict[str, Scheme], linears: Sequence[str]) -> list[str]:
     targets: list[str] = []
     for name in (name for name, own in scheme_of.items() if own == scheme):
         kind = name.rsplit(".", 1)[-1]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from powertrain.checkpoint.float_presets import FLOAT_PRESETS, FloatScheme
 from powertrain.compress.gptq import MAX_DAMPING, GptqOptions
 from powertrain.compress.ranges import OBSERVERS, Observer
 from powertrain.types import PowertrainError, QuantScheme
@@ -17,7 +18,9 @@ CHANNEL = "channel"
 
 HEAD = "lm_head"
 
-SCHEMES: dict[str, QuantScheme] = {
+Scheme = QuantScheme | FloatScheme
+
+SCHEMES: dict[str, Scheme] = {
     "W4A16": QuantScheme(num_bits=4, group_size=64),
     "W4A16_ASYM": QuantScheme(num_bits=4, group_size=64, symmetric=False),
     "W2A16": QuantScheme(num_bits=2, group_size=64),
@@ -30,6 +33,7 @@ SCHEMES: dict[str, QuantScheme] = {
     "W8A16_ASYM": QuantScheme(num_bits=8, symmetric=False),
     "W4A8": QuantScheme(num_bits=4, group_size=64, activation_bits=8),
     "W8A8": QuantScheme(num_bits=8, activation_bits=8),
+    **{preset: FloatScheme(preset) for preset in FLOAT_PRESETS if preset != "FP8"},
 }
 """Scheme names of compressed-tensors with the group size used when a step gives none.
 
@@ -54,7 +58,7 @@ class Step:
 
     match: tuple[str, ...]
     scheme_name: str
-    scheme: QuantScheme
+    scheme: Scheme
     method: Literal["rtn", "gptq"] = "rtn"
     ignore: tuple[str, ...] = ()
     group_size_fallback: Literal["refuse", "nearest"] = "refuse"
@@ -198,8 +202,14 @@ def _gptq_fields(value: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def _scheme(name: str, step: Mapping[str, Any], where: str) -> QuantScheme:
+def _scheme(name: str, step: Mapping[str, Any], where: str) -> Scheme:
     scheme = SCHEMES[name]
+    if isinstance(scheme, FloatScheme):
+        if "group_size" in step:
+            raise PowertrainError(f"{where}.group_size: {name} has groups of its own; leave it out")
+        if step.get("method", "rtn") != "rtn":
+            raise PowertrainError(f"{where}.method: {step['method']} rounds to integers, {name} has floats; rtn can")
+        return scheme
     if "group_size" not in step:
         return scheme
     size = step["group_size"]

@@ -32,16 +32,28 @@ def step(scheme: str, group_size: int | str, **options: Any) -> Step:
 
 
 GPTQ: Step = {"method": "gptq"}
+MSE: Step = {"observer": "mse"}
 RECIPES: dict[str, Step] = {
-    "W4 channel rtn": step("W4A16", "channel"),
-    "W4 channel gptq": step("W4A16", "channel", **GPTQ),
-    "W4 channel gptq asymmetric": step("W4A16", "channel", **GPTQ, correction="asymmetric"),
-    "W4 g64 rtn": step("W4A16", 64),
-    "W4 g64 gptq": step("W4A16", 64, **GPTQ),
-    "W3 g64 rtn": step("W3A16", 64),
-    "W3 g64 gptq": step("W3A16", 64, **GPTQ),
-    "W2 g64 rtn": step("W2A16", 64),
-    "W2 g64 gptq": step("W2A16", 64, **GPTQ),
+    **{
+        f"{name} {how}": step(scheme, group_size, **options)
+        for name, scheme, group_size in (
+            ("W4 channel", "W4A16", "channel"),
+            ("W4 g64", "W4A16", 64),
+            ("W3 g64", "W3A16", 64),
+            ("W2 g64", "W2A16", 64),
+        )
+        for how, options in (
+            ("rtn", {}),
+            ("rtn mse", MSE),
+            ("gptq", GPTQ),
+            ("gptq asymmetric", {**GPTQ, "correction": "asymmetric"}),
+        )
+    },
+    "FP8": {"match": "Linear", "scheme": "FP8_DYNAMIC"},
+    "NVFP4": {"match": "Linear", "scheme": "NVFP4A16"},
+    "NVFP4 mse": {"match": "Linear", "scheme": "NVFP4A16", **MSE},
+    "MXFP4": {"match": "Linear", "scheme": "MXFP4A16"},
+    "MXFP4 mse": {"match": "Linear", "scheme": "MXFP4A16", **MSE},
 }
 SHOWN = ("kl_mean", "kl_p99", "top1_agreement", "ppl_reference", "ppl_candidate", "ppl_ratio", "bits_per_weight")
 
@@ -74,9 +86,15 @@ def main() -> None:
                 sys.exit(f"error: {shared} runs of 13 tokens of {given.data} are in the calibration text")
             rows.append(one(given, reference, name, recipe, how))
             show(rows[-1])
+            # after each row: an interruption keeps what was measured
+            record.write_record(given.json, made(given, rows))
+    write(given.json, made(given, rows))
+
+
+def made(given: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     config = {"num_samples": given.num_samples, "length": given.length, "num_tokens": given.num_tokens}
     about = {"model": given.model, "data": given.data.name, "calibration": [path.name for path in given.calibration]}
-    write(given.json, record.new_record("compression_methods", git=given.git, **about, config=config, results=rows))
+    return record.new_record("compression_methods", git=given.git, **about, config=config, results=rows)
 
 
 def one(given: Any, reference: Reference, name: str, recipe: Step, how: dict[str, Any]) -> dict[str, Any]:

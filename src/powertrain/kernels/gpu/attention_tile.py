@@ -18,8 +18,13 @@ def dim_block_of(dim: int) -> int:
 
 @triton.jit
 def in_parts(x, IS_SCALED: tl.constexpr):
-    """Rows as `attend` takes them: the even and the odd columns if the cache holds 8 bits, else all."""
+    """Rows as `attend` takes them: the even and the odd columns if the cache holds 8 bits, else all.
+
+    Those are widened to float16, which takes fewer instructions than bfloat16 and holds them as exactly.
+    """
     if IS_SCALED:
+        if x.dtype == tl.bfloat16:
+            x = x.to(tl.float16)
         return tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
     else:
         return (x,)

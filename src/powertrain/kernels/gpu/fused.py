@@ -178,6 +178,8 @@ def _norm_rope_write_kernel(
     DIM: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BY_HEAD: tl.constexpr,
     HAS_NORM: tl.constexpr,
     LARGEST_ENTRY: tl.constexpr,
     PDL: tl.constexpr,
@@ -211,7 +213,11 @@ def _norm_rope_write_kernel(
     tl.store(at + half, high.to(dtype), inside & is_query[:, None])
     slot = tl.load(slots + token)
     if slot >= 0:  # a padded row of a graph has no place
-        place = slot * (2 * NUM_KV_HEADS) + heads - NUM_HEADS
+        block, position = slot // BLOCK_SIZE * (BLOCK_SIZE * 2 * NUM_KV_HEADS), slot % BLOCK_SIZE
+        if BY_HEAD:
+            place = block + (heads - NUM_HEADS) * BLOCK_SIZE + position
+        else:
+            place = block + position * (2 * NUM_KV_HEADS) + heads - NUM_HEADS
         mask = inside & (heads >= NUM_HEADS)[:, None]
         if LARGEST_ENTRY > 0.0:
             own = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1)) / LARGEST_ENTRY
@@ -256,6 +262,8 @@ def rotate_and_write(
         DIM=dim,
         HALF_BLOCK=triton.next_power_of_2(dim // 2),
         HEADS=HEADS_AT_ONCE,
+        BLOCK_SIZE=stored.shape[1],
+        BY_HEAD=not stored.is_contiguous(),
         HAS_NORM=norms is not None,
         LARGEST_ENTRY=largest_entry(stored.dtype) if isinstance(cache, ScaledCache) else 0.0,
         num_warps=2,

@@ -1,4 +1,4 @@
-"""One choice of each group so that the loss is least for its cost: the multiple-choice knapsack, for all budgets at once.
+"""One choice of each group so that the loss is least for its cost: the multiple-choice knapsack, at all budgets.
 
 States (cost, loss) are merged group by group, and those that another one beats in both are dropped (Nemhauser and
 Ullmann 1969): exact while the states fit, else thinned to the best of each of as many equal ranges of cost. Thinned or

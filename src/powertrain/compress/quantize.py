@@ -68,8 +68,8 @@ def rtn(
 
     `weight` is float [out, in]. Symmetric: scale = absmax / ((2^b - 1) / 2), so 7.5 steps for 4 bits. Asymmetric: the
     range, widened to hold zero, in 2^b - 1 steps with an integer zero point. `observer` "mse" searches for a smaller
-    range with less error among `shrink_steps` (`compress/ranges.py`). The scale is rounded to `scale_dtype` before the integers are chosen,
-    so that what is stored is what was rounded to; a group of zeros stays exactly zero.
+    range with less error, in `shrink_steps` trials (`compress/ranges.py`). The scale is rounded to `scale_dtype` before
+    the integers are chosen, so that what is stored is what was rounded to; a group of zeros stays exactly zero.
 
     Returns the integers and the normalised squared weight error, ||w - w'||^2 / ||w||^2.
     Raises `PowertrainError` naming `name` if the weight is not a matrix, holds NaN or infinity, has rows the groups do

@@ -22,8 +22,8 @@ at 4; a tenth of groups with heavy tails would go below a half at 2 bits."""
 
 CHUNK_WEIGHTS = 1 << 14
 CHUNK_WEIGHTS_GPU = 1 << 24
-"""Weights searched at a time. On a CPU temporaries stay in a core's cache, and torch does not wake its threads for so few:
-beside other work they wait on each other up to ten times as long as they compute. A GPU wants few launches."""
+"""Weights searched at a time. On a CPU temporaries stay in a core's cache, and torch does not wake its threads for so
+few: beside other work they wait on each other up to ten times as long as they compute. A GPU wants few launches."""
 
 
 def choose_range(
@@ -94,7 +94,7 @@ def _search(
     scale_dtype: torch.dtype,
     name: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """The best grid of each of `groups` [n, g] by trial; ends: of the range at each trial, [trials, n], all of it first."""
+    """The best grid of each of `groups` [n, g] by trial; ends: of the range at each trial, [trials, n], the whole first."""
     scales, zero_points = _grid(*ends, num_bits, symmetric, scale_dtype, name)
     errors = torch.empty_like(scales)
     for trial, scale in enumerate(scales):

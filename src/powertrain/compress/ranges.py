@@ -94,7 +94,7 @@ def _search(
     scale_dtype: torch.dtype,
     name: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """The best grid of each of `groups` [n, g] by trial; ends: of the range at each trial, [trials, n], the whole first."""
+    """The best grid of each of `groups` [n, g]; ends: of the range tried, [trials, n], the whole range first."""
     scales, zero_points = _grid(*ends, num_bits, symmetric, scale_dtype, name)
     errors = torch.empty_like(scales)
     for trial, scale in enumerate(scales):

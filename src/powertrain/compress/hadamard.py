@@ -29,8 +29,9 @@ def hadamard(order: int) -> torch.Tensor:
 
 def random_hadamard(order: int, generator: torch.Generator) -> torch.Tensor:
     """diag(s) H / sqrt(order), s random signs: orthogonal [order, order] float64."""
-    signs: torch.Tensor = torch.randint(0, 2, (order, 1), generator=generator).double() * 2 - 1
-    return signs * (hadamard(order) / order**0.5)
+    signs = torch.randint(0, 2, (order, 1), generator=generator).double() * 2 - 1
+    made: torch.Tensor = signs * hadamard(order) / order**0.5
+    return made
 
 
 def random_orthogonal(order: int, generator: torch.Generator) -> torch.Tensor:

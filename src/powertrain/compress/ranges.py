@@ -21,9 +21,11 @@ SHRINK_STEPS = 50
 at 4; a tenth of groups with heavy tails would go below a half at 2 bits."""
 
 CHUNK_WEIGHTS = 1 << 14
-CHUNK_WEIGHTS_GPU = 1 << 24
-"""Weights searched at a time. On a CPU temporaries stay in a core's cache, and torch does not wake its threads for so
-few: beside other work they wait on each other up to ten times as long as they compute. A GPU wants few launches."""
+"""Weights searched at a time. Temporaries stay in a core's cache, and torch does not wake its threads for so few:
+beside other work they wait on each other up to ten times as long as they compute."""
+
+GPU_CHUNK_WEIGHTS = 1 << 24
+"""On a GPU a launch costs more than the work on few weights."""
 
 
 def choose_range(
@@ -50,7 +52,7 @@ def choose_range(
     scale, zero_point = _grid(low, high, num_bits, symmetric, scale_dtype, name)
     if observer == "mse":
         size = groups.shape[-1]
-        at_once = CHUNK_WEIGHTS if groups.device.type == "cpu" else CHUNK_WEIGHTS_GPU
+        at_once = CHUNK_WEIGHTS if groups.device.type == "cpu" else GPU_CHUNK_WEIGHTS
         flat, step = groups.reshape(-1, size), max(1, at_once // size)
         shares = 1.0 - 0.5 * torch.arange(shrink_steps + 1, device=groups.device).unsqueeze(1) / shrink_steps
         lows, highs, scales = low.flatten(), high.flatten(), scale.flatten()

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from powertrain.checkpoint.float_presets import FLOAT_PRESETS, FloatScheme
+from powertrain.compress.awq import AwqStep
 from powertrain.compress.gptq import MAX_DAMPING, GptqOptions
 from powertrain.compress.model_step import ModelStep
 from powertrain.compress.ranges import OBSERVERS, Observer
 from powertrain.compress.recipe_fields import one_of, refuse_unknown_keys
 from powertrain.compress.rotation import RotateStep
+from powertrain.compress.smoothquant import SmoothQuantStep
 from powertrain.types import PowertrainError, QuantScheme
 
 CHANNEL = "channel"
@@ -45,7 +47,11 @@ Theirs is 128 below 8 bits, which does not divide the rows of many small models 
 
 METHODS = ("rtn", "gptq")
 
-MODEL_STEPS: dict[str, Callable[[Mapping[str, Any], str], ModelStep]] = {"rotate": RotateStep.parse}
+MODEL_STEPS: dict[str, Callable[[Mapping[str, Any], str], ModelStep]] = {
+    "rotate": RotateStep.parse,
+    "awq": AwqStep.parse,
+    "smoothquant": SmoothQuantStep.parse,
+}
 """Methods that change the whole model: (the step's entries without `method`, where it stands) -> the step."""
 
 _MODEL_PRESETS: dict[str, list[dict[str, Any]]] = {"rotated": [{"method": "rotate"}]}

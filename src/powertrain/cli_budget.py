@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from powertrain.cli_options import Device, DType, JsonFile, Method, Model
+from powertrain.cli_options import Device, DType, JsonFile, Model
 from powertrain.cli_output import progress_bars, say, write_json
 from powertrain.types import PowertrainError
 
@@ -27,7 +27,9 @@ def budget(
     formats: Annotated[
         str | None, typer.Option(metavar="SCHEME:SIZE,...", help="Formats to choose from, such as W4A16:64.")
     ] = None,
-    method: Annotated[Method, typer.Option(help="What the recipe's steps round by.")] = "rtn",
+    method: Annotated[
+        Literal["rtn", "gptq", "autoround"], typer.Option(help="What the recipe's steps round by.")
+    ] = "rtn",
     calibration_samples: Annotated[int, typer.Option(min=1, help="Windows of the text.")] = 32,
     calibration_length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
     seed: Annotated[int, typer.Option(help="Seed of the windows' places and of drawn labels.")] = 0,

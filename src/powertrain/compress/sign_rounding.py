@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,9 +20,13 @@ from torch.nn import functional
 from powertrain.compress.plain_decoder import PlainBlock, Weights
 from powertrain.compress.quantize import check_group_size
 from powertrain.compress.ranges import Observer, choose_range
+from powertrain.compress.recipe_fields import boolean, integer, one_of
 from powertrain.model.families import ModelConfig
 from powertrain.model.weights import IntWeight
 from powertrain.types import PowertrainError, QuantScheme
+
+KEYS = ("iterations", "batch_size", "learning_rate", "target", "autocast")
+"""What a recipe's step may set."""
 
 MIN_FACTOR = 0.1
 """The least share of its first length that a range may shrink to."""
@@ -34,6 +38,8 @@ class SignRoundingOptions:
 
     `batch_size`: sequences in a step. `observer`: where the ranges begin; they may grow back to the whole range.
     `tunes_range`: whether they are learned too. `autocast`: run the block's products in bfloat16 (on a GPU).
+    `target`, for who gives the block's targets: what the original block gave in the original model, or what it gives
+    for the compressed model's stream.
     """
 
     iterations: int = 200
@@ -42,11 +48,35 @@ class SignRoundingOptions:
     observer: Observer = "mse"
     tunes_range: bool = True
     autocast: bool = False
+    target: Literal["original", "compressed"] = "original"
     seed: int = 0
 
     @property
     def first_step(self) -> float:
         return self.learning_rate if self.learning_rate is not None else 1.0 / max(1, self.iterations)
+
+    @classmethod
+    def parse(cls, step: Mapping[str, Any], observer: Observer, where: str) -> SignRoundingOptions:
+        """Of the entries `KEYS` of a recipe's step. Raises `PowertrainError` naming the entry that cannot be."""
+        rate = step.get("learning_rate", "auto")
+        is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+        if rate != "auto" and not (is_number and 0 < rate < math.inf):
+            raise PowertrainError(f"{where}.learning_rate must be a number above zero or `auto`, got {rate!r}")
+        return cls(
+            iterations=integer(step.get("iterations", 200), f"{where}.iterations"),
+            batch_size=integer(step.get("batch_size", 8), f"{where}.batch_size", least=1),
+            learning_rate=None if rate == "auto" else float(rate),
+            observer=observer,
+            autocast=boolean(step.get("autocast", False), f"{where}.autocast"),
+            target=one_of(step.get("target", "original"), ("original", "compressed"), f"{where}.target"),  # type: ignore[arg-type]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entries, every default written out."""
+        return {
+            **{key: getattr(self, key) for key in KEYS},
+            "learning_rate": "auto" if self.learning_rate is None else self.learning_rate,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,7 @@ def budget(
     method: Annotated[
         Literal["rtn", "gptq", "autoround"], typer.Option(help="What the recipe's steps round by.")
     ] = "rtn",
-    calibration_samples: Annotated[int, typer.Option(min=1, help="Windows of the text.")] = 32,
+    calibration_samples: Annotated[int, typer.Option(min=1, help="Windows of the text.")] = 16,
     calibration_length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
     seed: Annotated[int, typer.Option(help="Seed of the windows' places and of drawn labels.")] = 0,
     dtype: Annotated[DType, typer.Option(help="Type of scales and of what stays dense.")] = "auto",

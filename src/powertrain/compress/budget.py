@@ -33,7 +33,7 @@ FORMATS = (
 )
 """Offered where their groups divide a row."""
 
-NUM_SAMPLES, LENGTH = 32, 256
+NUM_SAMPLES, LENGTH = 16, 256
 NUM_MARKS = 12
 """Lines of the frontier's table."""
 

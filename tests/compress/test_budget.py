@@ -72,10 +72,7 @@ def test_layers_that_share_an_input_share_a_format(uneven: Path) -> None:
     recipe = found(uneven, bits=9.0).recipe
     step_of = recipe.assign([layer for step in recipe.steps for layer in step.match])
     for index in range(2):
-        for together in (
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            ("mlp.gate_proj", "mlp.up_proj"),
-        ):
+        for together in LINEARS_OF_STEP.values():
             assert len({id(step_of.get(f"model.layers.{index}.{name}")) for name in together}) == 1
 
 

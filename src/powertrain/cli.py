@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from powertrain import __version__
+from powertrain.cli_distill import distill
 from powertrain.cli_evaluate import evaluate
 from powertrain.cli_options import (
     Device,
@@ -285,6 +286,7 @@ def compress(
     say(f"next: powertrain evaluate {out} --reference {model}")
 
 
+app.command()(distill)
 app.command()(evaluate)
 
 

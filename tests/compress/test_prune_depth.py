@@ -1,4 +1,4 @@
-"""Depth pruning: influence against its formula, and pruned folders against models pruned by hand, here and elsewhere."""
+"""Depth pruning: influence against its formula, and pruned folders against models pruned by hand, in two engines."""
 
 from __future__ import annotations
 

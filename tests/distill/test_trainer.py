@@ -54,11 +54,12 @@ def trainer(
 
 @pytest.mark.parametrize("kind", ["forward-kl", "reverse-kl", "jsd"])
 def test_training_lowers_the_held_out_kl(tiny_model_dir: TinyModel, kind: Any) -> None:
-    config = replace(CONFIG, steps=40, learning_rate=4e-3, evaluate_every=20, divergence=Divergence(kind))
-    history = trainer(tiny_model_dir("llama"), config).run()
+    config = replace(CONFIG, steps=100, learning_rate=4e-3, evaluate_every=50, divergence=Divergence(kind))
+    batches = WindowBatches(text(4000, 0), length=24, batch_size=8)
+    history = trainer(tiny_model_dir("llama"), config, batches=batches).run()
     first, *_, last = [row["held_out_kl"] for row in history.curve]
     assert last < 0.8 * first
-    assert (history.step, history.ended, len(history.losses)) == (40, "steps", 40)
+    assert (history.step, history.ended, len(history.losses)) == (100, "steps", 100)
 
 
 @pytest.mark.parametrize("pauses", [(5,), (4, 9)])
@@ -160,8 +161,8 @@ def test_the_state_of_another_run_is_refused_by_the_setting(tiny_model_dir: Tiny
     trainer(tiny_model_dir("llama"), out=tmp_path).run(max_seconds=0.0)
     with pytest.raises(PowertrainError, match="another config"):
         trainer(tiny_model_dir("llama"), replace(CONFIG, learning_rate=0.1), out=tmp_path)
+    batches = WindowBatches(text(700, 9), length=24, batch_size=4, seed=3)
     with pytest.raises(PowertrainError, match="another data"):
-        batches = WindowBatches(text(700, 9), length=24, batch_size=4, seed=3)
         trainer(tiny_model_dir("llama"), out=tmp_path, batches=batches)
     with pytest.raises(PowertrainError, match="another teacher"):
         trainer(tiny_model_dir("llama"), out=tmp_path, identity={"teacher": "abc"})

@@ -37,8 +37,15 @@ class PlainModel:
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, *, run: RunBlock = run_block, recomputes: bool = False
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        *,
+        run: RunBlock = run_block,
+        recomputes: bool = False,
+        turns: dict[int, Rotations] | None = None,
     ) -> None:
+        """`turns`: rotations by length, which models of the same config may share."""
         self.config = config
         self.weights = weights
         self.run = run
@@ -51,7 +58,7 @@ class PlainModel:
         ]
         # the first layer with the same window: one number for all layers that run the same code
         self._kinds = [config.windows.index(window) for window in config.windows]
-        self._turns: Rotations | None = None
+        self._turns = {} if turns is None else turns
 
     @property
     def embedding(self) -> torch.Tensor:
@@ -100,9 +107,9 @@ class PlainModel:
         return functional.linear(self.hidden(token_ids), self.head)
 
     def _rotations(self, num_tokens: int, device: torch.device) -> Rotations:
-        if self._turns is None or self._turns[0].shape[0] != num_tokens:
-            self._turns = rotations(self.config, num_tokens, device)
-        return self._turns
+        if num_tokens not in self._turns:
+            self._turns[num_tokens] = rotations(self.config, num_tokens, device)
+        return self._turns[num_tokens]
 
 
 @torch.no_grad()
@@ -119,7 +126,7 @@ def mean_kl(
     """
     reference, hidden = reference.flatten(0, -2), hidden.flatten(0, -2)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    for target, own in zip(reference.split(at_once), hidden.split(at_once), strict=True):
+    for target, own in zip(torch.split(reference, at_once), torch.split(hidden, at_once), strict=True):
         log_p = torch.log_softmax(functional.linear(target, reference_head).float(), dim=-1)
         log_q = torch.log_softmax(functional.linear(own, head).float(), dim=-1)
         total += functional.kl_div(log_q, log_p, reduction="sum", log_target=True)

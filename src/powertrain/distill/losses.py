@@ -61,8 +61,8 @@ def token_loss(student: torch.Tensor, teacher: torch.Tensor, divergence: Diverge
 
 
 def _log_probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    logits = logits.float() if temperature == 1.0 else logits.float() / temperature
-    return torch.log_softmax(logits, dim=-1)
+    logits = logits if temperature == 1.0 else logits.float() / temperature
+    return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
 
 
 def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ def mean_by_chunks(
     hidden: [rows, width]; head: [vocab, width]. Where gradients are wanted each chunk's are taken at once, so that its
     logits can go; they are kept until the backward pass, in hidden's dtype and, for the head, in float32.
     """
-    result: torch.Tensor = _ByChunks.apply(hidden, head, score, at_once)
+    result: torch.Tensor = _ByChunks.apply(hidden, head, score, at_once)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -44,7 +44,7 @@ class History:
 
 @dataclass(slots=True)
 class Saved:
-    """A run's state. `optimizer`: tensors named `key|parameter`. `best`: None where the best are the last parameters."""
+    """A run's state. `optimizer`: tensors named `key|parameter`. `best`: None where they are the last ones."""
 
     history: History
     parameters: dict[str, torch.Tensor]

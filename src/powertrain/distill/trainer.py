@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from powertrain.compress.plain_decoder import Weights
+from powertrain.compress.plain_decoder import Rotations, Weights
 from powertrain.compress.plain_model import POSITIONS_AT_ONCE, PlainModel, RunBlock, in_dtype, mean_kl, run_block
 from powertrain.distill.batches import Batch, Batches
 from powertrain.distill.losses import Divergence, mean_by_chunks, stream_loss, token_loss
@@ -102,11 +102,12 @@ class Student:
     config: ModelConfig
     parameters: dict[str, torch.Tensor]
     weights: Callable[[Mapping[str, torch.Tensor]], Weights] = dict
+    turns: dict[int, Rotations] = field(default_factory=dict)
 
     def model(self, compute: Compute) -> PlainModel:
         """The model as it stands; gradients pass to the parameters."""
         weights = in_dtype(self.weights(self.parameters), compute.dtype)
-        return PlainModel(self.config, weights, run=compute.run, recomputes=compute.recomputes)
+        return PlainModel(self.config, weights, run=compute.run, recomputes=compute.recomputes, turns=self.turns)
 
 
 class Trainer:
@@ -176,6 +177,11 @@ class Trainer:
         self.save()
         return history
 
+    def warm_up(self) -> None:
+        """Take one gradient and throw it away: what is compiled at first use is compiled now, before time counts."""
+        self._loss(self._batches.at(0)).backward()  # type: ignore[no-untyped-call]
+        self._optimizer.zero_grad(set_to_none=True)
+
     def best_parameters(self) -> dict[str, torch.Tensor]:
         """Those of the best held-out KL; the last ones where nothing is held out."""
         if self._best is not None:
@@ -196,12 +202,13 @@ class Trainer:
     def held_out_kl(self) -> float:
         """Mean KL(teacher || student) in nats per token over the held-out windows."""
         assert self._held_out is not None
-        compute, model = self._compute, self._student.model(self._compute)
+        compute = replace(self._compute, run=run_block)  # other shapes than training's: not worth a compilation
+        model, teacher = self._student.model(compute), PlainModel(self._teacher.config, self._teacher.weights)
         rows = max(1, compute.positions_at_once // self._held_out.shape[1])
         total = 0.0
-        for windows in self._held_out.split(rows):
+        for windows in torch.split(self._held_out, rows):
             ids = windows.to(compute.device)
-            inputs = (self._teacher.hidden(ids), self._teacher.head, model.hidden(ids), model.head)
+            inputs = (teacher.hidden(ids), teacher.head, model.hidden(ids), model.head)
             total += float(mean_kl(*inputs, at_once=compute.positions_at_once)) * len(windows)
         return total / len(self._held_out)
 
@@ -220,7 +227,10 @@ class Trainer:
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         compute, config = self._compute, self._config
-        ids = batch.token_ids.to(compute.device, non_blocking=True)
+        ids = batch.token_ids
+        if torch.device(compute.device).type == "cuda":
+            ids = ids.pin_memory()  # a copy from other memory would wait for all that the GPU still has to do
+        ids = ids.to(compute.device, non_blocking=True)
         model = self._student.model(compute)
         with torch.no_grad():
             target, target_streams = _run(self._teacher, ids, {pair[1] for pair in config.hidden_pairs})

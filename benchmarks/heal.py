@@ -24,12 +24,11 @@ from torch.nn import functional
 from powertrain.checkpoint.hub import resolve_model
 from powertrain.checkpoint.source import Checkpoint, open_checkpoint
 from powertrain.checkpoint.tokenizer_files import load_tokenizer
-from powertrain.compress.calibrate import NgramFilter
 from powertrain.compress.plain_model import PlainModel, load_plain_model, load_weights, run_block
 from powertrain.compress.prune_depth import DepthPruned, block_influence, greedy_kept, most_influential
 from powertrain.distill.batches import WindowBatches, split_off, tokens_sha256
 from powertrain.distill.losses import Divergence, token_loss
-from powertrain.distill.run import distillation_manifest, training_runs, write_student
+from powertrain.distill.run import distillation_manifest, num_shared_ngrams, training_runs, write_student
 from powertrain.distill.trainer import Compute, Student, TrainConfig, Trainer, hidden_pairs
 from powertrain.measure import record
 from powertrain.measure.scoring import targets
@@ -202,9 +201,9 @@ def _plan(given: argparse.Namespace, source: Checkpoint, tokens: torch.Tensor, r
         model = load_plain_model(source, given.device, _dtype(given))
         kept, _ = greedy_kept(model, samples[:GREEDY_WINDOWS].to(given.device), given.keep)
     _say(f"layers that stay: {kept}")
-    shared = NgramFilter([run.tolist() for run in runs]).num_shared([w.token_ids for w in _windows(given, source)])
+    shared = num_shared_ngrams(runs, torch.tensor([window.token_ids for window in _windows(given, source)]))
     about = {"files": [path.name for path in given.data], "held_out": given.held_out.name}
-    about |= {"held_out_13grams_in_training_text": shared}
+    about |= {"training_13grams_in_held_out_text": shared}
     before = _judge(given, source, DepthPruned(source, kept))
     plan = {"asked": [given.keep, given.choose], "kept": kept, "influences": influences, "before": before}
     plan |= {"data": about, "commands": []}

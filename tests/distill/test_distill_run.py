@@ -87,7 +87,7 @@ def test_the_command_line_trains_writes_and_tells(models: tuple[Path, Path, Path
     made = json.loads((tmp_path / "record.json").read_text())
     assert made["config"]["divergence"] == {"kind": "jsd", "temperature": 1.0, "beta": 0.3}
     # the held-out text is the training text here, and the manifest says so
-    assert made["held_out_13grams_in_training_text"] > 0
+    assert made["training_13grams_in_held_out_text"] > 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -121,7 +122,7 @@ def distill(
         "data": [Path(file).name for file in data],
     }
     about |= {"text": asdict(text), "data_sha256": batches.sha256, "num_training_tokens": sum(map(len, runs))}
-    about |= {"sha256": identity, "held_out_13grams_in_training_text": shared}
+    about |= {"sha256": identity, "training_13grams_in_held_out_text": shared}
     manifest = distillation_manifest(config, history, about)
     if history.ended is not None:
         write_student(out, pupil, source.path, trainer.best_parameters(), dtype, manifest, overwrite=overwrite)
@@ -143,13 +144,23 @@ def training_runs(
     files: Sequence[str | Path], tokenizer: Tokenizer, progress: Progress | None = None
 ) -> list[torch.Tensor]:
     """The tokens of each file, int32 [tokens], its documents joined by the end-of-text token."""
-    runs = []
-    for number, file in enumerate(files, 1):
+
+    def encoded(file: str | Path) -> torch.Tensor:
         texts = [part for text in read_texts(file) for part in documents(text)]
-        runs.append(torch.tensor(encode_texts(texts, tokenizer), dtype=torch.int32))
-        if progress is not None:
-            progress("read text", number, len(files))
+        return torch.tensor(encode_texts(texts, tokenizer), dtype=torch.int32)
+
+    runs = []
+    with ThreadPoolExecutor() as pool:  # the tokenizer works outside of Python's lock
+        for number, run in enumerate(pool.map(encoded, files), 1):
+            runs.append(run)
+            if progress is not None:
+                progress("read text", number, len(files))
     return runs
+
+
+def num_shared_ngrams(runs: Sequence[torch.Tensor], windows: torch.Tensor) -> int:
+    """How many 13-grams of training text, int32 [tokens] each, stand in the held-out windows, int64 [n, length], too."""
+    return NgramFilter(windows).num_shared([cast("Sequence[int]", run.numpy()) for run in runs])
 
 
 def documents(text: str) -> list[str]:
@@ -166,7 +177,7 @@ def documents(text: str) -> list[str]:
 def _held_out(
     runs: list[torch.Tensor], file: str | Path | None, source: Checkpoint, text: TextConfig
 ) -> tuple[torch.Tensor, int]:
-    """Windows to watch, int64 [n, length], and how many of their 13-grams the training text holds too.
+    """Windows to watch, int64 [n, length], and how many of the training text's 13-grams they hold.
 
     Without a file they are cut from the ends of `runs`, which are shortened in place.
     """
@@ -178,8 +189,7 @@ def _held_out(
     if not len(windows):
         raise PowertrainError(f"the held-out text is shorter than one window of {text.length} tokens")
     chosen = torch.linspace(0, len(windows) - 1, min(len(windows), text.held_out_windows)).round().long()
-    shared = NgramFilter([run.tolist() for run in runs]).num_shared(windows[chosen].tolist())
-    return windows[chosen], shared
+    return windows[chosen], num_shared_ngrams(runs, windows[chosen])
 
 
 def distillation_manifest(config: TrainConfig, history: History, about: Mapping[str, Any]) -> dict[str, Any]:

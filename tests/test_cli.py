@@ -246,6 +246,25 @@ def test_compress_evaluate_and_roofline_on_a_real_model(run: Run, stories260k_di
     assert not (tmp_path / "none").exists()
 
 
+def test_compress_rotates_a_twin_and_scales_before_it_rounds(run: Run, stories260k_dir: Path, tmp_path: Path) -> None:
+    source, twin, out = str(stories260k_dir), str(tmp_path / "twin"), str(tmp_path / "awq")
+    status, text, err = run("compress", source, twin, "--recipe", "rotated", "--dtype", "float32")
+    assert status == 0, err
+    assert "dense float32 weights" in text
+    judged = tmp_path / "judged.json"
+    options = ["--num-tokens", "256", "--window", "64", "--json", str(judged)]
+    assert run("evaluate", twin, "--reference", source, *options)[0] == 0
+    assert abs(json.loads(judged.read_text())["kl_mean"]) < 1e-6
+    words = tmp_path / "text.txt"
+    words.write_text("Once upon a time there was a small engine that lived in a red barn near the river. " * 20)
+    shape = ["--group-size", "channel", "--calibration-length", "32", "--calibration-samples", "4"]
+    command = ["compress", source, out, "--recipe", "W4A16", "--method", "awq", "--calibration", str(words)]
+    status, text, err = run(*command, *shape, "--device", "cpu")
+    assert status == 0, err
+    steps = json.loads((tmp_path / "awq" / "powertrain.json").read_text())["recipe"]["steps"]
+    assert [step["method"] for step in steps] == ["awq", "rtn"]
+
+
 @pytest.mark.parametrize("is_qualified", [True, False])
 def test_optimize_passes_its_limits_on_and_its_status_back(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_qualified: bool

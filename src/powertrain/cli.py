@@ -228,20 +228,23 @@ def compress(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     recipe: Annotated[
-        str, typer.Option(help="A preset (W4A16, W4A16_ASYM, W3A16, W8A16, W8A8, ...) or a YAML file.")
+        str, typer.Option(help="A preset (W4A16, W4A16_ASYM, W3A16, W8A16, W8A8, rotated, ...) or a YAML file.")
     ] = "W4A16",
     group_size: Annotated[
         str | None, typer.Option(help="With a preset: weights that share a scale, or channel.", metavar="N|channel")
     ] = None,
-    method: Annotated[Method | None, typer.Option(help="With a preset: how weights are rounded.")] = None,
+    method: Annotated[
+        Method | None, typer.Option(help="With a preset: how weights are rounded or, before that, scaled.")
+    ] = None,
     calibration: Annotated[
         list[str] | None,
-        typer.Option(help="What gptq looks at: text files, or self: the model's own.", metavar="FILE|self"),
+        typer.Option(help="What all but rtn look at: text files, or self: the model's own.", metavar="FILE|self"),
     ] = None,
     calibration_samples: Annotated[int, typer.Option(min=1, help="Windows of the text.")] = 128,
     calibration_length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the windows' places.")] = 0,
     dtype: Annotated[DType, typer.Option(help="Type of scales and of what stays dense.")] = "auto",
+    device: Annotated[Device, typer.Option(help="Where to compute; auto takes CUDA for calibrated methods.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what each layer would get; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
     json: JsonFile = None,
@@ -249,17 +252,18 @@ def compress(
     """Quantize a model into a folder that this and other engines read (compressed-tensors)."""
     from powertrain.compress.driver import compress as run
     from powertrain.compress.driver import plan_compression
-    from powertrain.compress.recipe import SCHEMES
+    from powertrain.compress.recipe import MODEL_STEPS, SCHEMES
 
     chosen: str | dict[str, Any] = recipe
     if group_size is not None or method is not None:
         if recipe not in SCHEMES:
             flag = "--group-size" if group_size is not None else "--method"
             raise PowertrainError(f"{flag} goes with a preset; in a recipe file it is a key of each step")
-        step: dict[str, Any] = {"match": "Linear", "scheme": recipe, "method": method or "rtn"}
+        before = [{"method": method}] if method in MODEL_STEPS else []
+        step: dict[str, Any] = {"match": "Linear", "scheme": recipe, "method": "rtn" if before else method or "rtn"}
         if group_size is not None:
             step["group_size"] = group_size if group_size == "channel" else comma_numbers("--group-size", group_size)[0]
-        chosen = {"steps": [step]}
+        chosen = {"steps": [*before, step]}
     if dry_run:
         print(plan_compression(model, chosen, dtype=dtype).table())
         return
@@ -274,6 +278,7 @@ def compress(
             out,
             chosen,
             dtype=dtype,
+            device=device,
             calibration=data,
             num_samples=calibration_samples,
             length=calibration_length,

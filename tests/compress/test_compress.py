@@ -291,6 +291,15 @@ def test_a_compressed_source_and_a_bad_dtype_are_refused(tiny_model_dir: TinyMod
         compress(tiny_model_dir("llama"), tmp_path / "again", "W8A16", dtype="int8")
 
 
+def test_a_device_that_is_not_there_is_refused(tiny_model_dir: TinyModel, tmp_path: Path):
+    with pytest.raises(PowertrainError, match="device 'tpu' is unknown; the known ones are auto, cpu, cuda"):
+        compress(tiny_model_dir("llama"), tmp_path / "out", "W8A16", device="tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(PowertrainError, match="torch sees no CUDA device"):
+            compress(tiny_model_dir("llama"), tmp_path / "out", "W8A16", device="cuda")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_damaged_weight_is_named(tiny_model_dir: TinyModel, tmp_path: Path):
     from safetensors.torch import save_file
 

@@ -9,8 +9,9 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from powertrain.compress.driver import CompressionReport, compress, plan_compression
+from powertrain.compress.driver import compress, plan_compression
 from powertrain.compress.recipe import Recipe, Step, load_recipe
+from powertrain.compress.report import CompressionReport
 
 __all__ = ["CompressionReport", "Recipe", "Step", "compress", "load_recipe", "plan_compression"]
 

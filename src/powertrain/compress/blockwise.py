@@ -1,12 +1,14 @@
 """Block by block through a model: each sees what the compressed blocks before it give, and so do its own later layers.
 
-In memory: one block's weights and the stream between blocks for all calibration tokens. Where a method wants the inputs
+In memory: one block's weights, and for all calibration tokens the stream between blocks and what the attention or the
+MLP inside it made of that. Where a method wants the inputs
 before compression too, a second stream runs through the original blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -27,8 +29,14 @@ TOKENS_AT_ONCE = 4096
 Compress = Callable[[str, torch.Tensor, Moments], torch.Tensor]
 """(name within the block, weight, moments of its inputs) -> what the weight becomes, as floats."""
 
-Streams = Sequence[tuple[torch.Tensor, torch.Tensor | None]]
-"""Batches of activations [sequences, tokens, width], and of the same before compression."""
+Pair = tuple[torch.Tensor, torch.Tensor | None]
+"""A batch of activations [sequences, tokens, width], and the same before compression where that is kept."""
+
+HALVES = (
+    ("input_layernorm", ATTENTION_INPUT, PlainBlock.attended, OUTPUT_INPUT),
+    ("post_attention_layernorm", MLP_INPUT, PlainBlock.gated, DOWN_INPUT),
+)
+"""The halves of a block: the norm, what reads its output, what is made of that, and the matrix that reads this."""
 
 
 class CalibratedWalk:
@@ -41,11 +49,9 @@ class CalibratedWalk:
         self._config = config
         self._keeps_original = keeps_original
         at_once = max(1, TOKENS_AT_ONCE // token_ids.shape[1])
-        batches = [embedding[ids].float() for ids in torch.split(token_ids, at_once)]
+        batches = [embedding[ids].float() for ids in torch.split(token_ids.to(embedding.device), at_once)]
         # a block makes new streams and changes none: both may begin as the same tensor
-        self._streams: list[tuple[torch.Tensor, torch.Tensor | None]] = [
-            (batch, batch if keeps_original else None) for batch in batches
-        ]
+        self._streams: list[Pair] = [(batch, batch if keeps_original else None) for batch in batches]
 
     @torch.inference_mode()
     def through(self, index: int, weights: Weights, wanted: set[str], compress: Compress) -> None:
@@ -57,52 +63,55 @@ class CalibratedWalk:
         block = PlainBlock(self._config, index, current)
         original = PlainBlock(self._config, index, weights) if self._keeps_original else None
 
-        def compress_step(step: int, inputs: Callable[[PlainBlock, torch.Tensor], torch.Tensor]) -> None:
+        def compress_all(step: int, inputs: Iterable[Pair]) -> None:
             names = [name for name in LINEARS_OF_STEP[step] if name in wanted]
-            if not names:
-                return
-            moments = self._moments(block, original, inputs)
-            for name in names:
-                current[f"{name}.weight"] = compress(name, current[f"{name}.weight"], moments)
+            if names:
+                moments = _moments(inputs)
+                for name in names:
+                    current[f"{name}.weight"] = compress(name, current[f"{name}.weight"], moments)
 
-        compress_step(ATTENTION_INPUT, lambda of, x: of.normed(x, "input_layernorm"))
-        compress_step(OUTPUT_INPUT, lambda of, x: of.attended(of.normed(x, "input_layernorm")))
-        self._advance(block, original, PlainBlock.with_attention)
-        compress_step(MLP_INPUT, lambda of, x: of.normed(x, "post_attention_layernorm"))
-        compress_step(DOWN_INPUT, lambda of, x: of.gated(of.normed(x, "post_attention_layernorm")))
-        self._advance(block, original, PlainBlock.with_mlp)
+        def each(pairs: Iterable[Pair], compute: Callable[[PlainBlock, torch.Tensor], torch.Tensor]) -> Iterator[Pair]:
+            for x, before in pairs:
+                wanted = compute(original, before) if original is not None and before is not None else None
+                yield compute(block, x), wanted
+
+        for norm, first, inside, last in HALVES:
+            normed = partial(PlainBlock.normed, name=norm)
+            compress_all(first, each(self._streams, normed))
+            # kept for all tokens: they give the last matrix's moments, and then what it adds to the stream
+            inner = list(each(each(self._streams, normed), inside))
+            compress_all(last, inner)
+            (name,) = LINEARS_OF_STEP[last]
+            added = each(inner, partial(_product, name))
+            self._streams = [_plus(stream, more) for stream, more in zip(self._streams, added, strict=True)]
 
     @torch.inference_mode()
     def head_moments(self, norm: torch.Tensor) -> Moments:
         """Of the head's inputs, after the last block; norm: the final norm's weight."""
         block = PlainBlock(self._config, 0, {"norm.weight": norm})
-        return self._moments(block, block if self._keeps_original else None, lambda of, x: of.normed(x, "norm"))
+        return _moments(
+            (block.normed(x, "norm"), None if before is None else block.normed(before, "norm"))
+            for x, before in self._streams
+        )
 
-    def _moments(
-        self,
-        block: PlainBlock,
-        original: PlainBlock | None,
-        inputs: Callable[[PlainBlock, torch.Tensor], torch.Tensor],
-    ) -> Moments:
-        moments: Moments | None = None
-        for x, before in self._streams:
-            found = inputs(block, x)
-            wanted = inputs(original, before) if original is not None and before is not None else None
-            if moments is None:
-                moments = Moments.zeros(found.shape[-1], found.device, has_shift=wanted is not None)
-            moments.add(found, wanted)
-        assert moments is not None
-        return moments
 
-    def _advance(
-        self,
-        block: PlainBlock,
-        original: PlainBlock | None,
-        half: Callable[[PlainBlock, torch.Tensor], torch.Tensor],
-    ) -> None:
-        for at, (x, before) in enumerate(self._streams):
-            wanted = half(original, before) if original is not None and before is not None else None
-            self._streams[at] = (half(block, x), wanted)
+def _moments(pairs: Iterable[Pair]) -> Moments:
+    moments: Moments | None = None
+    for found, wanted in pairs:
+        if moments is None:
+            moments = Moments.zeros(found.shape[-1], found.device, has_shift=wanted is not None)
+        moments.add(found, wanted)
+    assert moments is not None
+    return moments
+
+
+def _product(name: str, block: PlainBlock, x: torch.Tensor) -> torch.Tensor:
+    return block.linear(name, x)
+
+
+def _plus(stream: Pair, more: Pair) -> Pair:
+    (x, before), (y, wanted) = stream, more
+    return x + y, None if before is None or wanted is None else before + wanted
 
 
 def names_by_block(names: Sequence[str]) -> tuple[list[str], list[list[str]], list[str]]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,12 @@ from powertrain.compress.floats import to_preset
 from powertrain.compress.gptq import Moments, gptq
 from powertrain.compress.leak import Grid, describe_leaks, find_grid
 from powertrain.compress.manifest import MANIFEST_FILE, manifest_text, weights_sha256
+from powertrain.compress.model_step import Progress, StepContext, apply_steps
 from powertrain.compress.plain_decoder import LINEARS_OF_STEP
 from powertrain.compress.plan import EMBEDDING, CompressionPlan, LayerPlan, make_plan, target_groups
 from powertrain.compress.quantize import rtn
 from powertrain.compress.recipe import CHANNEL, Recipe, load_recipe
+from powertrain.compress.report import CompressionReport, LayerReport
 from powertrain.model.families import model_config
 from powertrain.model.float4 import Float4Weight
 from powertrain.model.float8 import Float8Weight
@@ -34,84 +34,8 @@ from powertrain.model.weights import IntWeight
 from powertrain.types import PowertrainError
 
 FINAL_NORM = "model.norm.weight"
+DEVICES = ("auto", "cpu", "cuda")
 Quantized = IntWeight | Float8Weight | Float4Weight
-
-Progress = Callable[[str, float, float | None], None]
-"""Called as (what, done, total)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerReport:
-    """What one matrix became. `error` is ||w - w'||^2 / ||w||^2; `nbytes` counts integers, scales and zero points."""
-
-    name: str
-    shape: tuple[int, int]
-    method: str
-    scheme: str
-    group_size: int | str
-    error: float
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompressionReport:
-    """What a compression did. `nbytes` is all stored tensors; `bits_per_weight` is over all weights of the source.
-
-    `warnings` are about the source (it lies on a grid already), `notes` about choices made for single layers.
-    """
-
-    out: Path
-    source: str
-    source_sha256: str
-    recipe: Recipe
-    calibration: CalibrationSet | None
-    dtype: str
-    layers: tuple[LayerReport, ...]
-    num_parameters: int
-    nbytes: int
-    source_nbytes: int
-    warnings: tuple[str, ...]
-    notes: tuple[str, ...]
-    seconds: float
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / self.num_parameters
-
-    def to_dict(self) -> dict[str, Any]:
-        """The manifest: JSON-ready, schema 1, without the output path (folders are moved)."""
-        from powertrain import __version__
-
-        return {
-            "schema": 1,
-            "kind": "compression",
-            "written_by": "powertrain",
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "software": {"powertrain": __version__, "torch": torch.__version__},
-            "source": {"model": self.source, "sha256": self.source_sha256, "bytes": self.source_nbytes},
-            "recipe": self.recipe.to_dict(),
-            "calibration": self.calibration.to_dict() if self.calibration is not None else None,
-            "dtype": self.dtype,
-            "num_parameters": self.num_parameters,
-            "bytes": self.nbytes,
-            "bits_per_weight": self.bits_per_weight,
-            "warnings": list(self.warnings),
-            "notes": list(self.notes),
-            "seconds": round(self.seconds, 3),
-            "layers": [asdict(layer) for layer in self.layers],
-            "evaluation": None,
-        }
-
-    def summary(self) -> str:
-        """A few lines for people: where, how large, the mean and the worst error, the warnings and notes."""
-        errors = [layer.error for layer in self.layers]
-        worst = max(self.layers, key=lambda layer: layer.error)
-        lines = [
-            f"wrote {self.out}: {len(self.layers)} matrices, {self.nbytes:,} bytes of weights "
-            f"(source {self.source_nbytes:,}), {self.bits_per_weight:.2f} bits per weight over all weights",
-            f"squared weight error: mean {sum(errors) / len(errors):.5f}, worst {worst.error:.5f} ({worst.name})",
-        ]
-        return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings), *self.notes])
 
 
 def plan_compression(
@@ -127,6 +51,7 @@ def compress(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     *,
     dtype: str = "auto",
+    device: str = "auto",
     calibration: CalibrationData | None = None,
     num_samples: int = NUM_SAMPLES,
     length: int = LENGTH,
@@ -140,25 +65,34 @@ def compress(
     that stay dense (`auto`: half precision as the source has it, else bfloat16). The folder appears whole or not at
     all; it holds weights, config, tokenizer files and the manifest `powertrain.json`. An existing output is replaced
     only with `overwrite`. `calibration`, for methods that need it: a file of text or JSON lines, several, or sequences
-    of token ids, of which `num_samples` windows of `length` tokens are drawn by `seed`. Raises `PowertrainError` naming
-    the layer, key or file at fault.
+    of token ids, of which `num_samples` windows of `length` tokens are drawn by `seed`. `device` is where it computes
+    (`auto`: CUDA if there is one and a method is calibrated). Raises `PowertrainError` naming the layer, key or file at
+    fault.
     """
     started = time.perf_counter()
     parsed = load_recipe(recipe)
     checkpoint = open_checkpoint(resolve_model(model))
     plan = make_plan(checkpoint, parsed, dtype)
     samples = _calibration(checkpoint, plan, calibration, num_samples, length, seed)
-    writer = _Writer(checkpoint, plan, samples, progress)
+    place = _choose_device(device, parsed)
+    context = StepContext(
+        calibration=samples,
+        layers={layer.name: layer for layer in plan.layers},
+        device=place,
+        progress=progress,
+    )
+    changed = apply_steps(checkpoint, parsed.model_steps, context)
+    writer = _Writer(changed, plan, samples, place, progress)
     extra_files: dict[str, bytes | str] = _text_files(checkpoint)
     reports: list[CompressionReport] = []
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         yield from writer.tensors()
         # The manifest holds the errors, which are known now: files are written after the last tensor.
-        reports.append(writer.report(str(model), Path(out), time.perf_counter() - started))
+        reports.append(writer.report(str(model), checkpoint, Path(out), time.perf_counter() - started))
         extra_files[MANIFEST_FILE] = manifest_text(reports[0].to_dict())
 
-    write_checkpoint(Path(out), _config(checkpoint, plan), tensors(), extra_files, overwrite=overwrite)
+    write_checkpoint(Path(out), _config(plan), tensors(), extra_files, overwrite=overwrite)
     return reports[0]
 
 
@@ -171,12 +105,22 @@ def _calibration(
     seed: int,
 ) -> CalibrationSet | None:
     """The calibration set, where a step of the plan looks at one."""
-    methods = {layer.step.method for layer in plan.layers if layer.step.is_calibrated}
+    methods = {str(step.to_dict()["method"]) for step in plan.recipe.all_steps if step.is_calibrated}
     if not methods:
         return None
     if data is None:
         raise PowertrainError(f"{', '.join(sorted(methods))} needs calibration text: give --calibration FILE, or self")
     return calibration_set(data, checkpoint, num_samples=num_samples, length=length, seed=seed)
+
+
+def _choose_device(device: str, recipe: Recipe) -> torch.device:
+    if device not in DEVICES:
+        raise PowertrainError(f"device {device!r} is unknown; the known ones are {', '.join(DEVICES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise PowertrainError("device cuda: torch sees no CUDA device here; take cpu")
+    if device == "auto":
+        device = "cuda" if recipe.is_calibrated and torch.cuda.is_available() else "cpu"
+    return torch.device(device)
 
 
 class _Writer:
@@ -187,11 +131,13 @@ class _Writer:
         checkpoint: Checkpoint,
         plan: CompressionPlan,
         calibration: CalibrationSet | None,
+        device: torch.device,
         progress: Progress | None,
     ) -> None:
         self._checkpoint = checkpoint
         self._plan = plan
         self._calibration = calibration
+        self._device = device
         self._progress = progress
         self._done = 0
         self._layers: list[LayerReport] = []
@@ -220,7 +166,7 @@ class _Writer:
         embedding = self._checkpoint.load(f"{EMBEDDING}.weight")
         return CalibratedWalk(
             model_config(self._checkpoint.config),
-            embedding,
+            embedding.to(self._device),
             self._calibration.token_ids,
             keeps_original=any(step.correction == "asymmetric" for step in steps),
         )
@@ -229,7 +175,7 @@ class _Writer:
         weight = self._checkpoint.load(name)
         if weight.dim() == 2:
             self._grids.append((name, find_grid(weight)))
-        return weight
+        return weight.to(self._device)
 
     def _quantized_block(
         self, index: int, weights: dict[str, torch.Tensor], walk: CalibratedWalk | None
@@ -258,8 +204,9 @@ class _Writer:
         """A head that is quantized comes last: its inputs are the last block's outputs."""
         for layer in self._plan.layers:
             if block_of(layer.name) is None:
-                moments = None if walk is None else walk.head_moments(self._checkpoint.load(FINAL_NORM).float())
-                yield from self._count(self._quantize(layer, self._checkpoint.load(layer.source), moments)[0])
+                norm = self._checkpoint.load(FINAL_NORM).float().to(self._device)
+                weight = self._checkpoint.load(layer.source).to(self._device)
+                yield from self._count(self._quantize(layer, weight, walk.head_moments(norm) if walk else None)[0])
 
     def _emit(
         self, name: str, weight: torch.Tensor, quantized: dict[str, dict[str, torch.Tensor]]
@@ -280,8 +227,8 @@ class _Writer:
 
     def _dense(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point():
-            return tensor
-        stored = tensor.to(self._plan.dtype)
+            return tensor.cpu()
+        stored = tensor.to("cpu", self._plan.dtype)
         if not bool(torch.isfinite(stored).all()):
             raise PowertrainError(f"{name}: holds NaN, infinity or a value beyond {self._plan.dtype}")
         return stored
@@ -304,6 +251,7 @@ class _Writer:
             else:
                 ints, error = rtn(weight, layer.scheme, scale_dtype=scale_dtype, observer=step.observer, name=name)
             quantized, tensors = ints, int_weight_tensors(name, ints, stored_format(layer.scheme))
+        tensors = {tensor_name: tensor.cpu() for tensor_name, tensor in tensors.items()}
         self._layers.append(
             LayerReport(
                 name=layer.name,
@@ -318,19 +266,18 @@ class _Writer:
         self._report_progress()
         return tensors, quantized
 
-    def report(self, source: str, out: Path, seconds: float) -> CompressionReport:
-        checkpoint = self._checkpoint
+    def report(self, model: str, source: Checkpoint, out: Path, seconds: float) -> CompressionReport:
         return CompressionReport(
             out=out,
-            source=source,
-            source_sha256=weights_sha256(checkpoint.path),
+            source=model,
+            source_sha256=weights_sha256(source.path),
             recipe=self._plan.recipe,
             calibration=self._calibration,
             dtype=str(self._plan.dtype).removeprefix("torch."),
             layers=tuple(self._layers),
             num_parameters=self._plan.num_parameters,
             nbytes=self._nbytes,
-            source_nbytes=sum(checkpoint.nbytes(name) for name in checkpoint.names()),
+            source_nbytes=sum(source.nbytes(name) for name in source.names()),
             warnings=tuple(describe_leaks(self._grids)),
             notes=self._plan.notes,
             seconds=seconds,
@@ -345,13 +292,14 @@ def _shared_absmax(name: str, weights: dict[str, torch.Tensor]) -> float:
     return max(float(weight.abs().amax()) for weight in found)
 
 
-def _config(checkpoint: Checkpoint, plan: CompressionPlan) -> dict[str, Any]:
-    config = {key: value for key, value in checkpoint.config.items() if key not in ("dtype", "torch_dtype")}
+def _config(plan: CompressionPlan) -> dict[str, Any]:
+    config = {key: value for key, value in plan.config.items() if key not in ("dtype", "torch_dtype")}
     config["torch_dtype"] = str(plan.dtype).removeprefix("torch.")
     if plan.unties_head:
         config["tie_word_embeddings"] = False
-    groups, ignore = target_groups(plan)
-    config["quantization_config"] = quantization_config(groups, ignore)
+    if plan.layers:
+        groups, ignore = target_groups(plan)
+        config["quantization_config"] = quantization_config(groups, ignore)
     return config
 
 

@@ -26,6 +26,9 @@ COLUMNS_AT_ONCE = 128
 
 MAX_DAMPING = 1.0
 
+GRAM_COLUMNS = 384
+"""X X^T is symmetric: of its blocks of so many columns only those on and above the diagonal are computed."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GptqOptions:
@@ -43,25 +46,32 @@ class GptqOptions:
 
 @dataclass(slots=True)
 class Moments:
-    """Second moments of a layer's inputs x over calibration tokens, float64 sums.
+    """What is kept of a layer's inputs x over calibration tokens; sums in float64.
 
     hessian: [in, in], of x x^T; shift: [in, in], of (x' - x) x^T where x' is the input before compression, or None.
+    size_sum: float64 [in], of |x|; size_max: float32 [in], the largest |x|.
     """
 
     hessian: torch.Tensor
     shift: torch.Tensor | None
+    size_sum: torch.Tensor
+    size_max: torch.Tensor
     num_tokens: int = 0
     _factors: dict[tuple[float, bool], Factors] = field(default_factory=dict)
 
     @classmethod
     def zeros(cls, width: int, device: torch.device, *, has_shift: bool = False) -> Moments:
         hessian = torch.zeros(width, width, dtype=torch.float64, device=device)
-        return cls(hessian, torch.zeros_like(hessian) if has_shift else None)
+        shift = torch.zeros_like(hessian) if has_shift else None
+        return cls(hessian, shift, torch.zeros_like(hessian[0]), torch.zeros(width, device=device))
 
     def add(self, x: torch.Tensor, original: torch.Tensor | None = None) -> None:
         """Count inputs [.., in]; `original`: what they were before compression."""
         x = x.reshape(-1, x.shape[-1]).float()
-        self.hessian += x.t() @ x  # float32 within a batch, float64 over all
+        self.hessian += _gram(x)  # float32 within a batch, float64 over all
+        sizes = x.abs()
+        self.size_sum += sizes.sum(0)
+        torch.maximum(self.size_max, sizes.amax(0), out=self.size_max)
         if self.shift is not None and original is not None:
             self.shift += (original.reshape(x.shape).float() - x).t() @ x
         self.num_tokens += x.shape[0]
@@ -72,6 +82,16 @@ class Moments:
         if key not in self._factors:
             self._factors[key] = _factors(self, options, name)
         return self._factors[key]
+
+
+def _gram(x: torch.Tensor) -> torch.Tensor:
+    """x^T x of x [tokens, in]."""
+    gram = x.new_empty(x.shape[1], x.shape[1])
+    for begin in range(0, len(gram), GRAM_COLUMNS):
+        end = begin + GRAM_COLUMNS
+        gram[begin:end, begin:] = x[:, begin:end].t() @ x[:, begin:]
+        gram[end:, begin:end] = gram[begin:end, end:].t()
+    return gram
 
 
 class Factors(NamedTuple):

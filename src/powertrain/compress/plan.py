@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from powertrain.checkpoint.compressed_tensors import PACKED, stored_format
 from powertrain.checkpoint.float_presets import FloatScheme
 from powertrain.checkpoint.source import Checkpoint
+from powertrain.compress.model_step import outline_of, shapes_of
 from powertrain.compress.quantize import GROUP_SIZE_STEP, check_group_size, nearest_group_size
 from powertrain.compress.recipe import CHANNEL, HEAD, Recipe, Scheme, Step
 from powertrain.types import ModelFileError, PowertrainError, QuantScheme
@@ -62,11 +64,13 @@ class CompressionPlan:
     """What each tensor of a model gets. `dense` maps those that stay to their shapes.
 
     `dtype` is that of the dense tensors and the scales.
-    `num_parameters` counts every weight of the source once (a tied head is its embedding); `bits_per_weight` is all
-    stored bits, scales and zero points and embedding included, over that count.
+    `num_parameters` counts every weight of the model that is rounded once (a tied head is its embedding, also if a step
+    unties it); `bits_per_weight` is all stored bits, scales and zero points and embedding included, over that count.
+    `config` is that of the model after the recipe's model steps.
     """
 
     recipe: Recipe
+    config: dict[str, Any]
     layers: tuple[LayerPlan, ...]
     dense: dict[str, tuple[int, ...]]
     dtype: torch.dtype
@@ -94,7 +98,7 @@ class CompressionPlan:
             what = f"{layer.step.method} {layer.step.scheme_name} {size}{observer}"
             row = (kind, f"{layer.shape[0]} x {layer.shape[1]}", what)
             rows[row] = rows.get(row, 0) + 1
-        widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        widths = [max((len(row[column]) for row in rows), default=0) for column in range(2)]
         lines = [f"{k:<{widths[0]}}  {s:>{widths[1]}}  x{n:<4} {what}" for (k, s, what), n in rows.items()]
         dense_weights = sum(math.prod(shape) for shape in self.dense.values())
         lines.append(f"{len(self.dense)} other tensors ({dense_weights:,} weights) stay dense in {_name(self.dtype)}")
@@ -110,8 +114,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, dtype: str = "auto") -> Co
     """
     if "quantization_config" in checkpoint.config:
         raise PowertrainError(f"{checkpoint.path} is already quantized: compress the model it was made from")
-    names = checkpoint.names()
-    shapes = {name: checkpoint.shape(name) for name in names}
+    source_names, (checkpoint, notes) = set(checkpoint.names()), outline_of(checkpoint, recipe.model_steps)
+    shapes = shapes_of(checkpoint)
     sources = _linear_sources(shapes, names_head=any(HEAD in step.match for step in recipe.steps))
     assigned = recipe.assign(list(sources))
     layers = []
@@ -120,18 +124,20 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, dtype: str = "auto") -> Co
         scheme = _fit_scheme(name, in_features, step)
         shape = (out_features, in_features)
         layers.append(LayerPlan(name=name, source=sources[name], shape=shape, step=step, scheme=scheme))
-    notes = _fallback_notes(layers)
+    notes += _fallback_notes(layers)
     unties_head = any(layer.name == HEAD and layer.source != f"{HEAD}.weight" for layer in layers)
     if unties_head:
         num_weights = math.prod(shapes[sources[HEAD]])
         notes.append(f"{HEAD} is tied: it gets its own copy of {num_weights:,} quantized weights, the embedding stays")
+    untied = {f"{HEAD}.weight"} - source_names
     replaced = {layer.source for layer in layers if layer.source == f"{layer.name}.weight"}
     return CompressionPlan(
         recipe=recipe,
+        config=checkpoint.config,
         layers=tuple(layers),
         dense={name: shape for name, shape in shapes.items() if name not in replaced},
         dtype=_choose_dtype(dtype, checkpoint),
-        num_parameters=sum(math.prod(shape) for shape in shapes.values()),
+        num_parameters=sum(math.prod(shape) for name, shape in shapes.items() if name not in untied),
         unties_head=unties_head,
         notes=tuple(notes),
     )

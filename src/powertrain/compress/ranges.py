@@ -24,6 +24,9 @@ CHUNK_WEIGHTS = 1 << 14
 """Weights searched at a time. Temporaries stay in a core's cache, and torch does not wake its threads for so few:
 beside other work they wait on each other up to ten times as long as they compute."""
 
+GPU_CHUNK_WEIGHTS = 1 << 24
+"""On a GPU a launch costs more than the work on few weights."""
+
 
 def choose_range(
     groups: Tensor,
@@ -48,7 +51,8 @@ def choose_range(
     scale, zero_point = _grid(low, high, num_bits, symmetric, scale_dtype, name)
     if observer == "mse":
         size = groups.shape[-1]
-        flat, step = groups.reshape(-1, size), max(1, CHUNK_WEIGHTS // size)
+        at_once = CHUNK_WEIGHTS if groups.device.type == "cpu" else GPU_CHUNK_WEIGHTS
+        flat, step = groups.reshape(-1, size), max(1, at_once // size)
         lows, highs, scales = low.flatten(), high.flatten(), scale.flatten()
         zeros = None if zero_point is None else zero_point.flatten()
         for start in range(0, len(flat), step):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from powertrain.checkpoint.float_presets import FLOAT_PRESETS, FloatScheme
+from powertrain.compress.awq import AwqStep
 from powertrain.compress.gptq import MAX_DAMPING, GptqOptions
+from powertrain.compress.model_step import ModelStep
 from powertrain.compress.ranges import OBSERVERS, Observer
+from powertrain.compress.recipe_fields import one_of, refuse_unknown_keys
+from powertrain.compress.rotation import RotateStep
+from powertrain.compress.smoothquant import SmoothQuantStep
 from powertrain.types import PowertrainError, QuantScheme
 
 CHANNEL = "channel"
@@ -41,6 +46,17 @@ Theirs is 128 below 8 bits, which does not divide the rows of many small models 
 """
 
 METHODS = ("rtn", "gptq")
+
+MODEL_STEPS: dict[str, Callable[[Mapping[str, Any], str], ModelStep]] = {
+    "rotate": RotateStep.parse,
+    "awq": AwqStep.parse,
+    "smoothquant": SmoothQuantStep.parse,
+}
+"""Methods that change the whole model: (the step's entries without `method`, where it stands) -> the step."""
+
+_MODEL_PRESETS: dict[str, list[dict[str, Any]]] = {"rotated": [{"method": "rotate"}]}
+PRESETS = (*SCHEMES, *_MODEL_PRESETS)
+
 _STEP_KEYS = ("match", "ignore", "method", "scheme", "group_size", "group_size_fallback", "observer")
 _GPTQ_KEYS = ("actorder", "dampening_frac", "correction")
 _RECIPE_KEYS = ("name", "steps")
@@ -99,13 +115,26 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Ordered steps. A layer that two steps would quantize is an error, one that none matches stays as it is."""
+    """Ordered steps: `model_steps` change the whole model one after the other, then `steps` round its matrices.
+
+    A layer that two steps would round is an error, one that none matches stays as it is.
+    """
 
     name: str
-    steps: tuple[Step, ...]
+    steps: tuple[Step, ...] = ()
+    model_steps: tuple[ModelStep, ...] = ()
+
+    @property
+    def all_steps(self) -> list[Step | ModelStep]:
+        return [*self.model_steps, *self.steps]
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether some step looks at activations."""
+        return any(step.is_calibrated for step in self.all_steps)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "steps": [step.to_dict() for step in self.steps]}
+        return {"name": self.name, "steps": [step.to_dict() for step in self.all_steps]}
 
     def assign(self, layers: Sequence[str]) -> dict[str, Step]:
         """Which step each layer gets (layers that none matches are absent).
@@ -113,18 +142,20 @@ class Recipe:
         Raises `PowertrainError` if a layer is matched twice, naming both steps, or if a step matches nothing.
         """
         chosen: dict[str, int] = {}
-        for number, step in enumerate(self.steps):
+        first_number = len(self.model_steps)
+        for number, step in enumerate(self.steps, first_number):
             matched = [layer for layer in layers if step.matches(layer)]
             if not matched:
                 examples = ", ".join(layers[:3])
                 raise PowertrainError(f"{_where(number)}: match {_quoted(step.match)} fits no layer (e.g. {examples})")
             for layer in matched:
                 if layer in chosen:
-                    first = f"steps[{chosen[layer]}] ({_quoted(self.steps[chosen[layer]].match)})"
+                    earlier = self.steps[chosen[layer] - first_number]
+                    first = f"steps[{chosen[layer]}] ({_quoted(earlier.match)})"
                     second = f"steps[{number}] ({_quoted(step.match)})"
                     raise PowertrainError(f"{layer} is matched by {first} and by {second}; add it to one step's ignore")
                 chosen[layer] = number
-        return {layer: self.steps[chosen[layer]] for layer in layers if layer in chosen}
+        return {layer: self.steps[chosen[layer] - first_number] for layer in layers if layer in chosen}
 
 
 def load_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
@@ -138,9 +169,11 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
         return _parse_recipe(source, "recipe")
     if str(source) in SCHEMES:
         return _parse_recipe({"steps": [{"match": "Linear", "scheme": str(source)}]}, str(source))
+    if str(source) in _MODEL_PRESETS:
+        return _parse_recipe({"steps": _MODEL_PRESETS[str(source)]}, str(source))
     path = Path(source)
     if not path.is_file():
-        presets = ", ".join(SCHEMES)
+        presets = ", ".join(PRESETS)
         raise PowertrainError(f"recipe {str(source)!r} is neither a file nor a preset; the presets are {presets}")
     return _parse_recipe(_read_yaml(path), path.stem, where=str(path))
 
@@ -159,26 +192,36 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
 
 
 def _parse_recipe(value: Mapping[str, Any], name: str, where: str = "recipe") -> Recipe:
-    _refuse_unknown_keys(value, _RECIPE_KEYS, where)
+    refuse_unknown_keys(value, _RECIPE_KEYS, where)
     steps = value.get("steps")
     if not isinstance(steps, Sequence) or isinstance(steps, str) or not steps:
         raise PowertrainError(f"{where}: steps must be a list of at least one step")
-    parsed = tuple(_parse_step(step, _where(number, where)) for number, step in enumerate(steps))
-    return Recipe(name=str(value.get("name", name)), steps=parsed)
+    model_steps: list[ModelStep] = []
+    layer_steps: list[Step] = []
+    for number, step in enumerate(steps):
+        parsed = _parse_step(step, _where(number, where))
+        if isinstance(parsed, Step):
+            layer_steps.append(parsed)
+            continue
+        if layer_steps:
+            method = parsed.to_dict()["method"]
+            raise PowertrainError(f"{_where(number, where)}: {method} changes the model: put it before what rounds it")
+        model_steps.append(parsed)
+    return Recipe(name=str(value.get("name", name)), steps=tuple(layer_steps), model_steps=tuple(model_steps))
 
 
-def _parse_step(value: Any, where: str) -> Step:
+def _parse_step(value: Any, where: str) -> Step | ModelStep:
     if isinstance(value, Step):
         return value
     if not isinstance(value, Mapping):
         raise PowertrainError(f"{where}: a step is a mapping like {{match: Linear, scheme: W4A16}}, got {value!r}")
-    method = _one_of(value.get("method", "rtn"), METHODS, f"{where}.method")
-    _refuse_unknown_keys(value, (*_STEP_KEYS, *(_GPTQ_KEYS if method == "gptq" else ())), where)
-    scheme_name = _one_of(value.get("scheme"), tuple(SCHEMES), f"{where}.scheme")
-    fallback = _one_of(
-        value.get("group_size_fallback", "refuse"), ("refuse", "nearest"), f"{where}.group_size_fallback"
-    )
-    observer = _one_of(value.get("observer", "minmax" if method == "rtn" else "mse"), OBSERVERS, f"{where}.observer")
+    method = one_of(value.get("method", "rtn"), (*METHODS, *MODEL_STEPS), f"{where}.method")
+    if method in MODEL_STEPS:
+        return MODEL_STEPS[method]({key: entry for key, entry in value.items() if key != "method"}, where)
+    refuse_unknown_keys(value, (*_STEP_KEYS, *(_GPTQ_KEYS if method == "gptq" else ())), where)
+    scheme_name = one_of(value.get("scheme"), tuple(SCHEMES), f"{where}.scheme")
+    fallback = one_of(value.get("group_size_fallback", "refuse"), ("refuse", "nearest"), f"{where}.group_size_fallback")
+    observer = one_of(value.get("observer", "minmax" if method == "rtn" else "mse"), OBSERVERS, f"{where}.observer")
     return Step(
         match=_patterns(value.get("match") or None, f"{where}.match"),
         ignore=_patterns(value.get("ignore", []), f"{where}.ignore"),
@@ -197,8 +240,8 @@ def _gptq_fields(value: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise PowertrainError(f"{where}.dampening_frac must be in (0, {MAX_DAMPING:g}], got {fraction!r}")
     return {
         "dampening_frac": float(fraction),
-        "actorder": _one_of(value.get("actorder", "static"), ("static", "none"), f"{where}.actorder"),
-        "correction": _one_of(value.get("correction", "none"), ("none", "asymmetric"), f"{where}.correction"),
+        "actorder": one_of(value.get("actorder", "static"), ("static", "none"), f"{where}.actorder"),
+        "correction": one_of(value.get("correction", "none"), ("none", "asymmetric"), f"{where}.correction"),
     }
 
 
@@ -239,19 +282,6 @@ def _matches(pattern: str, layer: str) -> bool:
     if pattern.startswith("re:"):
         return re.match(pattern[3:], layer) is not None
     return layer == pattern or (pattern == "Linear" and layer != HEAD)
-
-
-def _refuse_unknown_keys(value: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    for key in value:
-        if key not in known:
-            raise PowertrainError(f"{where}: unknown key {key!r}; the known ones are {', '.join(known)}")
-
-
-def _one_of(value: Any, known: Sequence[str], where: str) -> str:
-    if value not in known:
-        problem = "is missing" if value is None else f"is unknown: {value!r}"
-        raise PowertrainError(f"{where} {problem}; the known ones are {', '.join(known)}")
-    return str(value)
 
 
 def _where(number: int, recipe: str = "recipe") -> str:

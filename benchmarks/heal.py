@@ -25,7 +25,7 @@ from powertrain.checkpoint.hub import resolve_model
 from powertrain.checkpoint.source import Checkpoint, open_checkpoint
 from powertrain.checkpoint.tokenizer_files import load_tokenizer
 from powertrain.compress.plain_model import PlainModel, load_plain_model, load_weights, run_block
-from powertrain.compress.prune_depth import DepthPruned, block_influence, greedy_kept, most_influential
+from powertrain.compress.prune_depth import block_influence, depth_pruned, greedy_kept, most_influential
 from powertrain.distill.batches import WindowBatches, split_off, tokens_sha256
 from powertrain.distill.losses import Divergence, token_loss
 from powertrain.distill.run import distillation_manifest, num_shared_ngrams, training_runs, write_student
@@ -85,7 +85,7 @@ def _heal(given: argparse.Namespace) -> None:
         return
     about = {"teacher": given.model, "layers_kept": plan["kept"], "data_sha256": batches.sha256}
     manifest = distillation_manifest(_config(given, plan), history, about)
-    pruned = DepthPruned(source, plan["kept"])
+    pruned = depth_pruned(source, plan["kept"])
     out = write_student(given.out, pruned, source.path, trainer.best_parameters(), "auto", manifest, overwrite=True)
     del trainer
     after = _judge(given, source, open_checkpoint(out))
@@ -204,7 +204,7 @@ def _plan(given: argparse.Namespace, source: Checkpoint, tokens: torch.Tensor, r
     shared = num_shared_ngrams(runs, torch.tensor([window.token_ids for window in _windows(given, source)]))
     about = {"files": [path.name for path in given.data], "held_out": given.held_out.name}
     about |= {"training_13grams_in_held_out_text": shared}
-    before = _judge(given, source, DepthPruned(source, kept))
+    before = _judge(given, source, depth_pruned(source, kept))
     plan = {"asked": [given.keep, given.choose], "kept": kept, "influences": influences, "before": before}
     plan |= {"data": about, "commands": []}
     _write_plan(given, plan)
@@ -247,7 +247,7 @@ def _trainer(
         run=run,
         loss=loss,
     )
-    pruned = DepthPruned(source, plan["kept"])
+    pruned = depth_pruned(source, plan["kept"])
     frozen = load_plain_model(source, given.device, compute.dtype)
     teacher = PlainModel(frozen.config, frozen.weights, run=run)
     student = Student(model_config(pruned.config), load_weights(pruned, given.device, torch.float32))

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from powertrain.checkpoint.load import load_model
 from powertrain.checkpoint.safetensors_folder import write_checkpoint
 from powertrain.checkpoint.source import iterate, open_checkpoint
+from powertrain.compress import compress, load_recipe, plan_compression
+from powertrain.compress.manifest import read_manifest
 from powertrain.compress.plain_model import load_plain_model
 from powertrain.compress.prune_depth import (
-    DepthPruned,
     block_influence,
+    depth_pruned,
     greedy_kept,
     most_influential,
     pruned_config,
@@ -57,7 +59,7 @@ def test_a_written_pruned_folder_is_the_model_without_those_blocks(
     import transformers
 
     source = open_checkpoint(tiny_model_dir(family))
-    pruned = DepthPruned(source, kept)
+    pruned = depth_pruned(source, kept)
     write_checkpoint(tmp_path / "out", pruned.config, iterate(pruned))
     by_hand = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_dir(family)).eval()
     layers = by_hand.model.layers
@@ -111,7 +113,7 @@ def test_greedy_removal_takes_the_block_that_costs_least(tiny_model_dir: TinyMod
 @pytest.mark.parametrize("kept", [[], [0, 0], [1, 0], [0, 3], [-1]])
 def test_blocks_that_are_not_there_are_refused(tiny_model_dir: TinyModel, kept: list[int]) -> None:
     with pytest.raises(PowertrainError, match="layers to keep"):
-        DepthPruned(open_checkpoint(tiny_model_dir("mistral")), kept)
+        depth_pruned(open_checkpoint(tiny_model_dir("mistral")), kept)
 
 
 def test_dropping_all_or_unknown_layers_is_refused() -> None:
@@ -120,3 +122,35 @@ def test_dropping_all_or_unknown_layers_is_refused() -> None:
             without(2, dropped)
     with pytest.raises(PowertrainError, match="1 to 2"):
         most_influential([0.1, 0.2], 3)
+
+
+def test_a_recipe_takes_out_the_blocks_of_least_influence(tiny_model_dir: TinyModel, tmp_path: Path) -> None:
+    folder = tiny_model_dir("mistral")
+    samples = ids(4, 32)
+    compress(folder, tmp_path / "out", "prune-depth-third", calibration=samples.tolist(), num_samples=4, length=32)
+    influences = block_influence(open_checkpoint(folder), samples)
+    assert read_manifest(tmp_path / "out")["recipe"]["steps"] == [{"method": "prune_depth", "share": 1 / 3}]
+    gone = influences.index(min(influences))
+    expected, found = depth_pruned(open_checkpoint(folder), without(3, [gone])), open_checkpoint(tmp_path / "out")
+    for name in found.names():
+        assert torch.equal(found.load(name), expected.load(name).to(torch.bfloat16)), name
+    compress(folder, tmp_path / "two", {"steps": [{"method": "prune_depth", "drop": [0, 1]}]})  # needs no text
+    assert open_checkpoint(tmp_path / "two").config["num_hidden_layers"] == 1
+
+
+def test_depth_steps_are_checked_and_told(tiny_model_dir: TinyModel) -> None:
+    folder = tiny_model_dir("mistral")
+    for entries in ({"share": 0.4}, {"keep": 2}, {"drop": [1]}):
+        recipe = load_recipe({"steps": [{"method": "prune_depth", **entries}]})
+        assert load_recipe(recipe.to_dict()) == recipe
+        assert "2 of 3 blocks stay" in plan_compression(folder, recipe).table()
+    for bad, name in (
+        ({}, "one of share"),
+        ({"keep": 2, "drop": [1]}, "one of share"),
+        ({"keep": 4}, "1 to 3"),
+        ({"share": 1}, "1 to 3"),
+        ({"drop": "1"}, "list of layer"),
+        ({"drop": [3]}, "layers to drop"),
+    ):
+        with pytest.raises(PowertrainError, match=name):
+            plan_compression(folder, {"steps": [{"method": "prune_depth", **bad}]})

@@ -17,7 +17,7 @@ from powertrain.checkpoint.source import iterate, open_checkpoint
 from powertrain.checkpoint.tokenizer_files import hugging_face_files, load_tokenizer
 from powertrain.cli import app
 from powertrain.compress.manifest import read_manifest
-from powertrain.compress.prune_depth import DepthPruned
+from powertrain.compress.prune_depth import depth_pruned
 from powertrain.distill.run import TextConfig, distill, documents
 from powertrain.distill.trainer import TrainConfig
 from powertrain.types import PowertrainError
@@ -29,7 +29,7 @@ TinyModel = Callable[[str], Path]
 def models(tiny_model_dir: TinyModel, tmp_path: Path) -> tuple[Path, Path, Path]:
     """A teacher, the same without its middle block, and a text."""
     teacher = tiny_model_dir("mistral")
-    pruned = DepthPruned(open_checkpoint(teacher), [0, 2])
+    pruned = depth_pruned(open_checkpoint(teacher), [0, 2])
     write_checkpoint(tmp_path / "pruned", pruned.config, iterate(pruned), hugging_face_files(teacher))
     text = tmp_path / "text.txt"
     text.write_text("".join(f"Line {n}: the {n * 7 % 13} cats met {n * 5 % 11} dogs.\n" for n in range(400)))

@@ -13,7 +13,7 @@ import torch
 
 from powertrain.checkpoint.source import open_checkpoint
 from powertrain.compress.plain_model import load_plain_model, load_weights
-from powertrain.compress.prune_depth import DepthPruned
+from powertrain.compress.prune_depth import depth_pruned
 from powertrain.distill.batches import Batch, WindowBatches
 from powertrain.distill.losses import Divergence
 from powertrain.distill.trainer import Compute, Student, TrainConfig, Trainer, hidden_pairs
@@ -38,7 +38,7 @@ def trainer(
     folder: Path, config: TrainConfig = CONFIG, out: Path | None = None, compute: Compute | None = None, **own: Any
 ) -> Trainer:
     source = open_checkpoint(folder)
-    pruned = DepthPruned(source, range(int(source.config["num_hidden_layers"]) - 1))
+    pruned = depth_pruned(source, range(int(source.config["num_hidden_layers"]) - 1))
     student = Student(model_config(pruned.config), load_weights(pruned, "cpu", torch.float32))
     return Trainer(
         load_plain_model(source, "cpu", torch.float32),

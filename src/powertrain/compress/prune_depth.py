@@ -6,8 +6,8 @@ and after a block, over calibration tokens. What remains is an ordinary smaller 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,53 +15,91 @@ from torch.nn import functional
 
 from powertrain.checkpoint.source import Checkpoint
 from powertrain.compress.blockwise import TOKENS_AT_ONCE, block_of, names_by_block
+from powertrain.compress.model_step import CheckpointView, Progress, StepContext
 from powertrain.compress.plain_decoder import PlainBlock
 from powertrain.compress.plain_model import EMBEDDING, PlainModel, mean_kl
+from powertrain.compress.recipe_fields import fraction, integer, refuse_unknown_keys
 from powertrain.model.families import model_config
 from powertrain.types import PowertrainError
 
 PER_LAYER_LISTS = ("layer_types", "no_rope_layers")
 """Keys of a Hugging Face config that hold one entry per layer."""
 
-Progress = Callable[[str, float, float | None], None]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneDepthStep:
+    """`{method: prune_depth, share: 0.3333}`: blocks taken out, those of least influence first.
+
+    One of `share` (of the blocks that go, rounded), `keep` (how many stay) and `drop` (a list of those that go, which
+    needs no calibration) is given.
+    """
+
+    share: float | None = None
+    keep: int | None = None
+    drop: tuple[int, ...] | None = None
+
+    @classmethod
+    def parse(cls, entries: Mapping[str, Any], where: str) -> PruneDepthStep:
+        refuse_unknown_keys(entries, ("share", "keep", "drop"), where)
+        if len(entries) != 1:
+            raise PowertrainError(f"{where}: prune_depth wants one of share, keep and drop")
+        if "share" in entries:
+            return cls(share=fraction(entries["share"], f"{where}.share"))
+        if "keep" in entries:
+            return cls(keep=integer(entries["keep"], f"{where}.keep", least=1))
+        drop = entries["drop"]
+        if not isinstance(drop, Sequence) or isinstance(drop, str) or not drop:
+            raise PowertrainError(f"{where}.drop must be a list of layer numbers, got {drop!r}")
+        return cls(drop=tuple(integer(layer, f"{where}.drop") for layer in drop))
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.drop is None
+
+    def to_dict(self) -> dict[str, Any]:
+        given = {"share": self.share, "keep": self.keep, "drop": self.drop and list(self.drop)}
+        return {"method": "prune_depth", **{key: value for key, value in given.items() if value is not None}}
+
+    def num_kept(self, num_layers: int) -> int:
+        return self.keep if self.keep is not None else num_layers - round((self.share or 0.0) * num_layers)
+
+    def outline(self, checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
+        num_layers = model_config(checkpoint.config).num_layers
+        if self.drop is not None:
+            kept, chosen = without(num_layers, self.drop), f"without {', '.join(map(str, sorted(self.drop)))}"
+        else:  # which ones is known after calibration; all have the same shapes
+            kept, chosen = most_influential([0.0] * num_layers, self.num_kept(num_layers)), "by block influence"
+        return depth_pruned(checkpoint, kept), [f"prune_depth: {len(kept)} of {num_layers} blocks stay, {chosen}"]
+
+    def apply(self, checkpoint: Checkpoint, context: StepContext) -> Checkpoint:
+        if self.drop is not None:
+            return depth_pruned(checkpoint, without(model_config(checkpoint.config).num_layers, self.drop))
+        assert context.calibration is not None
+        found = block_influence(checkpoint, context.calibration.token_ids, context.device, context.progress)
+        return depth_pruned(checkpoint, most_influential(found, self.num_kept(len(found))))
 
 
-class DepthPruned:
-    """A `Checkpoint` that is another one with only its blocks `kept`, numbered anew. Nothing is read before `load`."""
+def depth_pruned(source: Checkpoint, kept: Sequence[int]) -> Checkpoint:
+    """The model with only the blocks `kept`, numbered anew: a view, nothing is read before `load`.
 
-    def __init__(self, source: Checkpoint, kept: Sequence[int]) -> None:
-        """kept: rising numbers of the source's blocks. Raises `PowertrainError` for others, or none."""
-        num_layers = int(source.config["num_hidden_layers"])
-        self.kept = tuple(kept)
-        if not self.kept or list(self.kept) != sorted(set(self.kept)):
-            raise PowertrainError(f"layers to keep must be given once each, in order, got {list(kept)}")
-        if not (self.kept[0] >= 0 and self.kept[-1] < num_layers):
-            raise PowertrainError(f"layers to keep must be in 0..{num_layers - 1}, got {list(kept)}")
-        self.path: Path = source.path
-        self.config: dict[str, Any] = pruned_config(source.config, self.kept)
-        self.generation_config = source.generation_config
-        self._source = source
-        new_index = {old: new for new, old in enumerate(self.kept)}
-        self._source_names: dict[str, str] = {}
-        for name in source.names():
-            block = block_of(name)
-            if block is None:
-                self._source_names[name] = name
-            elif block in new_index:
-                within = name.removeprefix(f"model.layers.{block}.")
-                self._source_names[f"model.layers.{new_index[block]}.{within}"] = name
-
-    def names(self) -> list[str]:
-        return sorted(self._source_names)
-
-    def load(self, name: str) -> torch.Tensor:
-        return self._source.load(self._source_names.get(name, name))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._source.shape(self._source_names.get(name, name))
-
-    def nbytes(self, name: str) -> int:
-        return self._source.nbytes(self._source_names.get(name, name))
+    kept: rising numbers of the source's blocks. Raises `PowertrainError` for others, or none.
+    """
+    num_layers = int(source.config["num_hidden_layers"])
+    if not kept or list(kept) != sorted(set(kept)):
+        raise PowertrainError(f"layers to keep must be given once each, in order, got {list(kept)}")
+    if not (kept[0] >= 0 and kept[-1] < num_layers):
+        raise PowertrainError(f"layers to keep must be in 0..{num_layers - 1}, got {list(kept)}")
+    new_index = {old: new for new, old in enumerate(kept)}
+    old_names: dict[str, str] = {}
+    for name in source.names():
+        block = block_of(name)
+        if block is None:
+            old_names[name] = name
+        elif block in new_index:
+            within = name.removeprefix(f"model.layers.{block}.")
+            old_names[f"model.layers.{new_index[block]}.{within}"] = name
+    shapes = {new: tuple(source.shape(old)) for new, old in old_names.items()}
+    return CheckpointView(source, shapes, lambda name: source.load(old_names[name]), pruned_config(source.config, kept))
 
 
 def pruned_config(config: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:

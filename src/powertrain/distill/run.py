@@ -159,7 +159,7 @@ def training_runs(
 
 
 def num_shared_ngrams(runs: Sequence[torch.Tensor], windows: torch.Tensor) -> int:
-    """How many 13-grams of training text, int32 [tokens] each, stand in the held-out windows, int64 [n, length], too."""
+    """How many of the 13-grams of training text, int32 [tokens] each, the windows, int64 [n, length], hold too."""
     return NgramFilter(windows).num_shared([cast("Sequence[int]", run.numpy()) for run in runs])
 
 

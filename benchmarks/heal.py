@@ -24,16 +24,16 @@ from torch.nn import functional
 from powertrain.checkpoint.hub import resolve_model
 from powertrain.checkpoint.source import Checkpoint, open_checkpoint
 from powertrain.checkpoint.tokenizer_files import load_tokenizer
-from powertrain.compress.plain_model import PlainModel, load_plain_model, load_weights, run_block
+from powertrain.compress.plain_model import PlainModel, load_plain_model, run_block
 from powertrain.compress.prune_depth import block_influence, depth_pruned, greedy_kept, most_influential
 from powertrain.distill.batches import WindowBatches, split_off, tokens_sha256
 from powertrain.distill.losses import Divergence, token_loss
 from powertrain.distill.run import distillation_manifest, num_shared_ngrams, training_runs, write_student
-from powertrain.distill.trainer import Compute, Student, TrainConfig, Trainer, hidden_pairs
+from powertrain.distill.student import Student, dense_student
+from powertrain.distill.trainer import Compute, TrainConfig, Trainer, hidden_pairs
 from powertrain.measure import record
 from powertrain.measure.scoring import targets
 from powertrain.measure.statistics import TokenScores, compare_logits, summarize
-from powertrain.model.families import model_config
 from powertrain.text_data import Window, encode_texts, read_texts, spread, token_sha256, windows_of
 from powertrain.types import PowertrainError
 
@@ -70,7 +70,7 @@ def _heal(given: argparse.Namespace) -> None:
     tokens = _tokens(given, source)
     runs, watched = split_off(tokens, WATCHED_SHARE, given.length)
     plan = _plan(given, source, torch.cat(runs), tokens)
-    trainer, batches = _trainer(given, source, plan, torch.cat(runs), watched)
+    trainer, student, batches = _trainer(given, source, plan, torch.cat(runs), watched)
     trainer.warm_up()
     _say(f"ready; training begins at step {trainer.history.step}")
     left = given.max_seconds - SAVING_SECONDS - (time.perf_counter() - STARTED)
@@ -86,8 +86,9 @@ def _heal(given: argparse.Namespace) -> None:
     about = {"teacher": given.model, "layers_kept": plan["kept"], "data_sha256": batches.sha256}
     manifest = distillation_manifest(_config(given, plan), history, about)
     pruned = depth_pruned(source, plan["kept"])
-    out = write_student(given.out, pruned, source.path, trainer.best_parameters(), "auto", manifest, overwrite=True)
-    del trainer
+    best = trainer.best_parameters()
+    out = write_student(given.out, pruned, source.path, student, best, "auto", manifest, overwrite=True)
+    del trainer, student, best
     after = _judge(given, source, open_checkpoint(out))
     plan["commands"][-1]["wall_seconds"] = time.perf_counter() - STARTED
     _report(given, plan, history, after, {"data_sha256": batches.sha256, "tokens": len(torch.cat(runs))})
@@ -235,7 +236,7 @@ def _config(given: argparse.Namespace, plan: Row) -> TrainConfig:
 
 def _trainer(
     given: argparse.Namespace, source: Checkpoint, plan: Row, tokens: torch.Tensor, watched: torch.Tensor
-) -> tuple[Trainer, WindowBatches]:
+) -> tuple[Trainer, Student, WindowBatches]:
     run, loss = run_block, token_loss
     if given.compile:
         run, loss = torch.compile(run_block, dynamic=False), torch.compile(token_loss, dynamic=False)
@@ -250,14 +251,13 @@ def _trainer(
     pruned = depth_pruned(source, plan["kept"])
     frozen = load_plain_model(source, given.device, compute.dtype)
     teacher = PlainModel(frozen.config, frozen.weights, run=run)
-    student = Student(model_config(pruned.config), load_weights(pruned, given.device, torch.float32))
+    student = dense_student(pruned, given.device)
     batches = WindowBatches(tokens, length=given.length, batch_size=given.batch, seed=given.seed)
     identity = {"kept": plan["kept"], "watched": tokens_sha256(watched)}
     state = given.work / "state"
     config = _config(given, plan)
-    return Trainer(
-        teacher, student, batches, watched, config, compute=compute, folder=state, identity=identity
-    ), batches
+    trainer = Trainer(teacher, student, batches, watched, config, compute=compute, folder=state, identity=identity)
+    return trainer, student, batches
 
 
 def _dtype(given: argparse.Namespace) -> torch.dtype:

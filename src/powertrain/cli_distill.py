@@ -10,6 +10,7 @@ import typer
 from powertrain.cli_options import Device, DType, JsonFile
 from powertrain.cli_output import progress_bars, say, write_json
 
+Trained = Literal["scales", "weights"]
 Loss = Literal["forward-kl", "reverse-kl", "jsd"]
 _END, _LOSS, _TEXT, _RATE = "When it ends", "Loss", "Text", "Steps"
 
@@ -38,6 +39,9 @@ def distill(
         typer.Option(min=1, help="Stop after so many evaluations without a better held-out KL.", rich_help_panel=_END),
     ] = None,
     loss: Annotated[Loss, typer.Option(help="Divergence from the teacher.", rich_help_panel=_LOSS)] = "forward-kl",
+    train: Annotated[
+        Trained, typer.Option(help="Of a quantized STUDENT: its scales, or its integers too.", rich_help_panel=_RATE)
+    ] = "scales",
     temperature: Annotated[float, typer.Option(help="Divides the logits.", rich_help_panel=_LOSS)] = 1.0,
     beta: Annotated[float, typer.Option(help="jsd: the teacher's share of the mixture.", rich_help_panel=_LOSS)] = 0.5,
     learning_rate: Annotated[float, typer.Option(help="At its peak.", rich_help_panel=_RATE)] = 3e-4,
@@ -88,6 +92,7 @@ def distill(
             compute=compute,
             dtype=dtype,
             max_seconds=max_seconds,
+            trains=train,
             overwrite=overwrite,
             progress=progress,
         )

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from powertrain.checkpoint.source import open_checkpoint
-from powertrain.compress.plain_model import load_plain_model, load_weights
+from powertrain.compress.plain_model import load_plain_model
 from powertrain.compress.prune_depth import depth_pruned
 from powertrain.distill.batches import Batch, WindowBatches
 from powertrain.distill.losses import Divergence
-from powertrain.distill.trainer import Compute, Student, TrainConfig, Trainer, hidden_pairs
-from powertrain.model.families import model_config
+from powertrain.distill.student import dense_student
+from powertrain.distill.trainer import Compute, TrainConfig, Trainer, hidden_pairs
 from powertrain.types import ModelFileError, PowertrainError
 
 TinyModel = Callable[[str], Path]
@@ -39,7 +39,7 @@ def trainer(
 ) -> Trainer:
     source = open_checkpoint(folder)
     pruned = depth_pruned(source, range(int(source.config["num_hidden_layers"]) - 1))
-    student = Student(model_config(pruned.config), load_weights(pruned, "cpu", torch.float32))
+    student = dense_student(pruned)
     return Trainer(
         load_plain_model(source, "cpu", torch.float32),
         student,

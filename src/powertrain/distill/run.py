@@ -19,10 +19,12 @@ from powertrain.checkpoint.source import Checkpoint, open_checkpoint
 from powertrain.checkpoint.tokenizer_files import hugging_face_files, load_tokenizer
 from powertrain.compress.calibrate import NgramFilter
 from powertrain.compress.manifest import MANIFEST_FILE, manifest_text, weights_sha256
-from powertrain.compress.plain_model import load_plain_model, load_weights
+from powertrain.compress.plain_model import load_plain_model
 from powertrain.distill.batches import WindowBatches, split_off, tokens_sha256
+from powertrain.distill.quantized_student import Trains, quantized_student
 from powertrain.distill.state import History
-from powertrain.distill.trainer import Compute, Progress, Student, TrainConfig, Trainer
+from powertrain.distill.student import Student, dense_student
+from powertrain.distill.trainer import Compute, Progress, TrainConfig, Trainer
 from powertrain.model.families import model_config
 from powertrain.text_data import encode_texts, read_texts
 from powertrain.tokenizer import Tokenizer
@@ -81,6 +83,7 @@ def distill(
     compute: Compute | None = None,
     dtype: str = "auto",
     max_seconds: float | None = None,
+    trains: Trains = "scales",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> DistillReport:
@@ -88,8 +91,10 @@ def distill(
 
     Stops after `max_seconds` with its state in the folder `OUT.training` beside `out`; the same call goes on from it,
     and a finished run leaves only `out`: weights (in `dtype`; auto is bfloat16), config, tokenizer, and a manifest with
-    data hashes, settings and the loss curve. `held_out`: text whose KL is watched (the ends of `data` if None). Raises
-    `PowertrainError` for models of different vocabularies, too little text, or a state of another run.
+    data hashes, settings and the loss curve. A student of integers (compressed-tensors) stays one: its scales are
+    trained, and with `trains` "weights" its integers and norms too. `held_out`: text whose KL is watched (the ends of
+    `data` if None). Raises `PowertrainError` for models of different vocabularies, too little text, or a state of
+    another run.
     """
     out, text, compute = Path(out).absolute(), text or TextConfig(), compute or Compute()
     work = out.with_name(f"{out.name}.training")
@@ -97,8 +102,15 @@ def distill(
         raise PowertrainError(f"{out} already holds something: choose another output folder or allow overwriting it")
     source, pupil = open_checkpoint(resolve_model(teacher)), open_checkpoint(resolve_model(student))
     check_pair(source, pupil)
+    longest = min(model_config(one.config).max_position for one in (source, pupil))
+    if not 2 <= text.length <= longest:
+        raise PowertrainError(f"windows must have 2 to {longest} tokens for these models, got {text.length}")
     runs = training_runs(data, load_tokenizer(source.path), progress)
     windows, shared = _held_out(runs, held_out, source, text)
+    if "quantization_config" in pupil.config:
+        trained = quantized_student(pupil, trains, teacher=source, device=compute.device)
+    else:
+        trained = dense_student(pupil, compute.device)
     batches = WindowBatches(torch.cat(runs), length=text.length, batch_size=text.batch_size, seed=text.seed)
     identity = {
         "teacher": weights_sha256(source.path),
@@ -107,13 +119,13 @@ def distill(
     }
     trainer = Trainer(
         load_plain_model(source, compute.device, compute.dtype),
-        Student(model_config(pupil.config), load_weights(pupil, compute.device, torch.float32)),
+        trained,
         batches,
         windows,
         config,
         compute=compute,
         folder=work,
-        identity=identity,
+        identity={**identity, "trains": trains},
     )
     history = trainer.run(max_seconds=max_seconds, progress=progress)
     about: dict[str, Any] = {
@@ -122,19 +134,18 @@ def distill(
         "data": [Path(file).name for file in data],
     }
     about |= {"text": asdict(text), "data_sha256": batches.sha256, "num_training_tokens": sum(map(len, runs))}
-    about |= {"sha256": identity, "training_13grams_in_held_out_text": shared}
+    about |= {"trains": trains, "sha256": identity, "training_13grams_in_held_out_text": shared}
     manifest = distillation_manifest(config, history, about)
     if history.ended is not None:
-        write_student(out, pupil, source.path, trainer.best_parameters(), dtype, manifest, overwrite=overwrite)
+        write_student(out, pupil, source.path, trained, trainer.best_parameters(), dtype, manifest, overwrite=overwrite)
         shutil.rmtree(work, ignore_errors=True)
     return DistillReport(out=out, history=history, manifest=manifest)
 
 
 def check_pair(teacher: Checkpoint, student: Checkpoint) -> None:
-    """Raises `PowertrainError` where the two models do not share a vocabulary, or hold quantized weights."""
-    for name, checkpoint in (("teacher", teacher), ("student", student)):
-        if "quantization_config" in checkpoint.config:
-            raise PowertrainError(f"the {name} {checkpoint.path} holds quantized weights; distillation wants floats")
+    """Raises `PowertrainError` where the two models do not share a vocabulary, or the teacher is quantized."""
+    if "quantization_config" in teacher.config:
+        raise PowertrainError(f"the teacher {teacher.path} holds quantized weights: give the model they were made from")
     sizes = [int(checkpoint.config["vocab_size"]) for checkpoint in (teacher, student)]
     if sizes[0] != sizes[1]:
         raise PowertrainError(f"teacher and student must share a vocabulary: theirs have {sizes[0]} and {sizes[1]} ids")
@@ -187,7 +198,9 @@ def _held_out(
         tokens = torch.tensor(encode_texts(read_texts(file), load_tokenizer(source.path)))
         windows = tokens[: len(tokens) // text.length * text.length].view(-1, text.length)
     if not len(windows):
-        raise PowertrainError(f"the held-out text is shorter than one window of {text.length} tokens")
+        where = "its share of the training text" if file is None else str(file)
+        problem = f"the held-out text ({where}) is shorter than one window of {text.length} tokens"
+        raise PowertrainError(f"{problem}: give more text, or shorter windows")
     chosen = torch.linspace(0, len(windows) - 1, min(len(windows), text.held_out_windows)).round().long()
     return windows[chosen], num_shared_ngrams(runs, windows[chosen])
 
@@ -216,20 +229,22 @@ def distillation_manifest(config: TrainConfig, history: History, about: Mapping[
 
 def write_student(
     out: Path,
-    student: Checkpoint,
+    source: Checkpoint,
     tokenizer_path: Path,
+    student: Student,
     parameters: Mapping[str, torch.Tensor],
     dtype: str,
     manifest: Mapping[str, Any],
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Write parameters as a dense folder with the student's config and the tokenizer of the model at another path."""
+    """Write what was trained as a folder with the config of `source` and the tokenizer of the model at another path."""
     stored = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-    config = {key: value for key, value in student.config.items() if key not in ("dtype", "torch_dtype")}
-    config["torch_dtype"] = str(stored).removeprefix("torch.")
+    config = dict(source.config)
+    if "quantization_config" not in config:  # there the type is of what the folder held already
+        config = {key: value for key, value in config.items() if key != "dtype"}
+        config["torch_dtype"] = str(stored).removeprefix("torch.")
     files: dict[str, bytes | str] = {**hugging_face_files(tokenizer_path), MANIFEST_FILE: manifest_text(manifest)}
-    if student.generation_config:
-        files["generation_config.json"] = json.dumps(student.generation_config, indent=2) + "\n"
-    tensors = ((name, parameters[name].to(stored)) for name in sorted(parameters))
-    return write_checkpoint(out, config, tensors, files, overwrite=overwrite)
+    if source.generation_config:
+        files["generation_config.json"] = json.dumps(source.generation_config, indent=2) + "\n"
+    return write_checkpoint(out, config, student.stored(parameters, stored), files, overwrite=overwrite)

@@ -9,19 +9,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from powertrain.compress.plain_decoder import Rotations, Weights
-from powertrain.compress.plain_model import POSITIONS_AT_ONCE, PlainModel, RunBlock, in_dtype, mean_kl, run_block
+from powertrain.compress.plain_model import POSITIONS_AT_ONCE, PlainModel, RunBlock, mean_kl, run_block
 from powertrain.distill.batches import Batch, Batches
 from powertrain.distill.losses import Divergence, mean_by_chunks, stream_loss, token_loss
 from powertrain.distill.state import History, Saved, load_state, save_state
-from powertrain.model.families import ModelConfig
+from powertrain.distill.student import Student
 from powertrain.types import PowertrainError
 
 Progress = Callable[[str, float, float | None], None]
@@ -90,24 +89,6 @@ class Compute:
     positions_at_once: int = POSITIONS_AT_ONCE
     run: RunBlock = run_block
     loss: Callable[[torch.Tensor, torch.Tensor, Divergence], torch.Tensor] = token_loss
-
-
-@dataclass(slots=True)
-class Student:
-    """Float32 parameters and what a model's weights are, given them: themselves, if nothing is said.
-
-    A quantized student's parameters are scales, say, and `weights` gives the rounded matrices.
-    """
-
-    config: ModelConfig
-    parameters: dict[str, torch.Tensor]
-    weights: Callable[[Mapping[str, torch.Tensor]], Weights] = dict
-    turns: dict[int, Rotations] = field(default_factory=dict)
-
-    def model(self, compute: Compute) -> PlainModel:
-        """The model as it stands; gradients pass to the parameters."""
-        weights = in_dtype(self.weights(self.parameters), compute.dtype)
-        return PlainModel(self.config, weights, run=compute.run, recomputes=compute.recomputes, turns=self.turns)
 
 
 class Trainer:
@@ -202,8 +183,9 @@ class Trainer:
     def held_out_kl(self) -> float:
         """Mean KL(teacher || student) in nats per token over the held-out windows."""
         assert self._held_out is not None
-        compute = replace(self._compute, run=run_block)  # other shapes than training's: not worth a compilation
-        model, teacher = self._student.model(compute), PlainModel(self._teacher.config, self._teacher.weights)
+        compute = self._compute
+        # blocks run as they are: other shapes than training's are not worth a compilation
+        model, teacher = self._student.model(compute.dtype), PlainModel(self._teacher.config, self._teacher.weights)
         rows = max(1, compute.positions_at_once // self._held_out.shape[1])
         total = 0.0
         for windows in torch.split(self._held_out, rows):
@@ -231,7 +213,7 @@ class Trainer:
         if torch.device(compute.device).type == "cuda":
             ids = ids.pin_memory()  # a copy from other memory would wait for all that the GPU still has to do
         ids = ids.to(compute.device, non_blocking=True)
-        model = self._student.model(compute)
+        model = self._student.model(compute.dtype, run=compute.run, recomputes=compute.recomputes)
         with torch.no_grad():
             target, target_streams = _run(self._teacher, ids, {pair[1] for pair in config.hidden_pairs})
         hidden, streams = _run(model, ids, {pair[0] for pair in config.hidden_pairs})

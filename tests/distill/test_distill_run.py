@@ -105,15 +105,9 @@ def test_models_that_do_not_fit_and_taken_folders_are_refused(models: tuple[Path
     (tmp_path / "short.txt").write_text("No.")
     with pytest.raises(PowertrainError, match="shorter than one window"):
         run(models, tmp_path / "out", held_out=tmp_path / "short.txt")
-    with pytest.raises(PowertrainError, match="2 to 256 tokens"):
-        distill(
-            teacher,
-            student,
-            tmp_path / "out",
-            data=[models[2]],
-            config=TrainConfig(steps=1),
-            text=TextConfig(length=999),
-        )
+    long = TextConfig(length=999)
+    with pytest.raises(PowertrainError, match="2 to 512 tokens"):
+        distill(teacher, student, tmp_path / "out", data=[models[2]], config=TrainConfig(steps=1), text=long)
     assert not (tmp_path / "out").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,14 +119,8 @@ def test_the_integers_begin_on_their_side_of_the_border_of_the_floats(quantized:
 def test_the_command_keeps_a_quantized_student_quantized(quantized: tuple[Path, Path], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("".join(f"Line {n}: the {n * 7 % 13} cats met {n * 5 % 11} dogs.\n" for n in range(600)))
-    report = distill(
-        *quantized,
-        tmp_path / "out",
-        data=[text],
-        config=TrainConfig(steps=2),
-        text=TextConfig(length=64),
-        trains="weights",
-    )
+    settings: Any = {"data": [text], "config": TrainConfig(steps=2), "text": TextConfig(length=64)}
+    report = distill(*quantized, tmp_path / "out", **settings, trains="weights")
     assert report.manifest["trains"] == "weights"
     before, after = open_checkpoint(quantized[1]), open_checkpoint(tmp_path / "out")
     assert after.config == before.config

@@ -24,12 +24,13 @@ from torch.nn import functional
 from powertrain.checkpoint.hub import resolve_model
 from powertrain.checkpoint.source import Checkpoint, open_checkpoint
 from powertrain.checkpoint.tokenizer_files import load_tokenizer
-from powertrain.compress.plain_model import PlainModel, load_plain_model, run_block
+from powertrain.compress.plain_model import load_plain_model, run_block
 from powertrain.compress.prune_depth import block_influence, depth_pruned, greedy_kept, most_influential
-from powertrain.distill.batches import WindowBatches, split_off, tokens_sha256
+from powertrain.distill.batches import Batch, WindowBatches, split_off, tokens_sha256
 from powertrain.distill.losses import Divergence, token_loss
 from powertrain.distill.run import distillation_manifest, num_shared_ngrams, training_runs, write_student
 from powertrain.distill.student import Student, dense_student
+from powertrain.distill.teachers import LiveTeacher
 from powertrain.distill.trainer import Compute, TrainConfig, Trainer, hidden_pairs
 from powertrain.measure import record
 from powertrain.measure.scoring import targets
@@ -246,17 +247,18 @@ def _trainer(
         recomputes=given.recompute,
         positions_at_once=given.positions,
         run=run,
-        loss=loss,
     )
     pruned = depth_pruned(source, plan["kept"])
     frozen = load_plain_model(source, given.device, compute.dtype)
-    teacher = PlainModel(frozen.config, frozen.weights, run=run)
+    teacher = LiveTeacher(frozen, run=run, loss=loss)
     student = dense_student(pruned, given.device)
     batches = WindowBatches(tokens, length=given.length, batch_size=given.batch, seed=given.seed)
     identity = {"kept": plan["kept"], "watched": tokens_sha256(watched)}
     state = given.work / "state"
     config = _config(given, plan)
-    trainer = Trainer(teacher, student, batches, watched, config, compute=compute, folder=state, identity=identity)
+    trainer = Trainer(
+        teacher, student, batches, Batch(watched), config, compute=compute, folder=state, identity=identity
+    )
     return trainer, student, batches
 
 

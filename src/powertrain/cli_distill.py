@@ -42,6 +42,10 @@ def distill(
     train: Annotated[
         Trained, typer.Option(help="Of a quantized STUDENT: its scales, or its integers too.", rich_help_panel=_RATE)
     ] = "scales",
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=1, help="Store so many teacher logits of each position first.", rich_help_panel=_LOSS),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="Divides the logits.", rich_help_panel=_LOSS)] = 1.0,
     beta: Annotated[float, typer.Option(help="jsd: the teacher's share of the mixture.", rich_help_panel=_LOSS)] = 0.5,
     learning_rate: Annotated[float, typer.Option(help="At its peak.", rich_help_panel=_RATE)] = 3e-4,
@@ -93,6 +97,7 @@ def distill(
             dtype=dtype,
             max_seconds=max_seconds,
             trains=train,
+            top_k=top_k,
             overwrite=overwrite,
             progress=progress,
         )

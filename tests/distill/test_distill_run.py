@@ -115,3 +115,16 @@ def test_marks_between_articles_are_not_text() -> None:
     text = '<doc id="1" title="A">\nA\n\nabc\n</doc>\n<doc id="2">\nB\ndef\n</doc>\n'
     assert documents(text) == ["A\n\nabc\n", "B\ndef\n"]
     assert documents("plain\ntext") == ["plain\ntext"]
+
+
+def test_stored_logits_teach_nearly_what_the_live_teacher_does(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    paused = run(models, tmp_path / "stored", top_k=300, max_seconds=0.0)
+    assert paused.history.ended is None
+    assert (tmp_path / "stored.training" / "teacher-logits" / "teacher_logits.json").is_file()
+    report = run(models, tmp_path / "stored", top_k=300)
+    live = run(models, tmp_path / "live")
+    # the same windows at the start; later epochs cut them elsewhere
+    assert report.history.losses[0] == pytest.approx(live.history.losses[0], rel=0.5)
+    assert report.history.losses[-1] < report.history.losses[0]
+    assert report.manifest["top_k"] == 300
+    assert not (tmp_path / "stored.training").exists()

@@ -14,9 +14,10 @@ from powertrain.checkpoint.safetensors_folder import write_checkpoint
 from powertrain.checkpoint.source import open_checkpoint
 from powertrain.compress import compress
 from powertrain.compress.plain_model import load_plain_model
-from powertrain.distill.batches import WindowBatches
+from powertrain.distill.batches import Batch, WindowBatches
 from powertrain.distill.quantized_student import EXPONENTS, STEPS, QuantizedLayer, Trains, quantized_student
 from powertrain.distill.run import TextConfig, distill
+from powertrain.distill.teachers import LiveTeacher
 from powertrain.distill.trainer import Compute, TrainConfig, Trainer
 from powertrain.model.weights import IntWeight
 from powertrain.types import PowertrainError
@@ -68,10 +69,10 @@ def test_training_lowers_the_kl_of_two_bits(tiny_model_dir: TinyModel, tmp_path:
     teacher, pupil = open_checkpoint(tiny_model_dir("llama")), open_checkpoint(tmp_path / "two_bits")
     student = quantized_student(pupil, trains, teacher=teacher)
     trainer = Trainer(
-        load_plain_model(teacher, "cpu", torch.float32),
+        LiveTeacher(load_plain_model(teacher, "cpu", torch.float32)),
         student,
         WindowBatches(tokens(6000, 0), length=32, batch_size=8),
-        tokens(640, 1).view(-1, 32),
+        Batch(tokens(640, 1).view(-1, 32)),
         TrainConfig(steps=60, learning_rate=1e-2, evaluate_every=30),
         compute=Compute(positions_at_once=256),
     )

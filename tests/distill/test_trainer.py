@@ -17,6 +17,7 @@ from powertrain.compress.prune_depth import depth_pruned
 from powertrain.distill.batches import Batch, WindowBatches
 from powertrain.distill.losses import Divergence
 from powertrain.distill.student import dense_student
+from powertrain.distill.teachers import LiveTeacher
 from powertrain.distill.trainer import Compute, TrainConfig, Trainer, hidden_pairs
 from powertrain.types import ModelFileError, PowertrainError
 
@@ -41,10 +42,10 @@ def trainer(
     pruned = depth_pruned(source, range(int(source.config["num_hidden_layers"]) - 1))
     student = dense_student(pruned)
     return Trainer(
-        load_plain_model(source, "cpu", torch.float32),
+        own.pop("teacher", None) or LiveTeacher(load_plain_model(source, "cpu", torch.float32)),
         student,
         own.pop("batches", WindowBatches(text(700, 0), length=24, batch_size=4, seed=3)),
-        text(192, 1).view(-1, 24),
+        own.pop("held_out", Batch(text(192, 1).view(-1, 24))),
         config,
         folder=out,
         compute=compute or Compute(positions_at_once=50),

@@ -22,6 +22,11 @@ class Batch(NamedTuple):
     is_counted: torch.Tensor | None = None
     keys: tuple[int, ...] | None = None
 
+    def part(self, rows: slice) -> Batch:
+        """Some of the sequences."""
+        is_counted = None if self.is_counted is None else self.is_counted[rows]
+        return Batch(self.token_ids[rows], is_counted, None if self.keys is None else self.keys[rows])
+
 
 class Batches(Protocol):
     """A source of batches. `sha256` tells one from another, with all that decides what `at` gives."""
@@ -54,6 +59,10 @@ class WindowBatches:
             )
         self.sha256 = tokens_sha256(token_ids, f"{length} {batch_size} {seed} {moves_cuts}")
         self._epochs: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def windows(self) -> torch.Tensor:
+        """All windows by key, int64 [n, length]: those of every epoch where the cuts do not move."""
+        return self._token_ids[: self.num_windows * self._length].view(-1, self._length).long()
 
     def at(self, step: int) -> Batch:
         first = step * self._batch_size

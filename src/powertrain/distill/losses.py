@@ -6,6 +6,7 @@ Forward KL: Hinton et al. 2015 (arXiv 1503.02531), temperature and its square in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -49,15 +50,18 @@ FORWARD_KL = Divergence()
 def token_loss(student: torch.Tensor, teacher: torch.Tensor, divergence: Divergence) -> torch.Tensor:
     """The divergence of each row, in nats: float32 [rows] of logits [rows, vocab]. Gradients reach the student's."""
     log_q, log_p = (_log_probabilities(logits, divergence.temperature) for logits in (student, teacher))
+    return divergence_of(log_p, log_q, divergence) * divergence.temperature**2
+
+
+def divergence_of(log_p: torch.Tensor, log_q: torch.Tensor, divergence: Divergence) -> torch.Tensor:
+    """The divergence of each row of log-probabilities [rows, outcomes], the teacher's and the student's."""
     if divergence.kind == "forward-kl":
-        rows = _kl(log_p, log_q)
-    elif divergence.kind == "reverse-kl":
-        rows = _kl(log_q, log_p)
-    else:
-        beta = torch.tensor(divergence.beta, device=log_q.device)
-        log_m = torch.logaddexp(log_p + beta.log(), log_q + (-beta).log1p())
-        rows = beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
-    return rows * divergence.temperature**2
+        return _kl(log_p, log_q)
+    if divergence.kind == "reverse-kl":
+        return _kl(log_q, log_p)
+    beta = divergence.beta
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
 
 
 def _log_probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -19,11 +19,13 @@ from powertrain.checkpoint.source import Checkpoint, open_checkpoint
 from powertrain.checkpoint.tokenizer_files import hugging_face_files, load_tokenizer
 from powertrain.compress.calibrate import NgramFilter
 from powertrain.compress.manifest import MANIFEST_FILE, manifest_text, weights_sha256
-from powertrain.compress.plain_model import load_plain_model
-from powertrain.distill.batches import WindowBatches, split_off, tokens_sha256
+from powertrain.compress.plain_model import PlainModel, load_plain_model
+from powertrain.distill.batches import Batch, WindowBatches, split_off, tokens_sha256
 from powertrain.distill.quantized_student import Trains, quantized_student
 from powertrain.distill.state import History
 from powertrain.distill.student import Student, dense_student
+from powertrain.distill.teacher_logits import store_teacher_logits
+from powertrain.distill.teachers import LiveTeacher, Teacher
 from powertrain.distill.trainer import Compute, Progress, TrainConfig, Trainer
 from powertrain.model.families import model_config
 from powertrain.text_data import encode_texts, read_texts
@@ -84,6 +86,7 @@ def distill(
     dtype: str = "auto",
     max_seconds: float | None = None,
     trains: Trains = "scales",
+    top_k: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> DistillReport:
@@ -92,9 +95,10 @@ def distill(
     Stops after `max_seconds` with its state in the folder `OUT.training` beside `out`; the same call goes on from it,
     and a finished run leaves only `out`: weights (in `dtype`; auto is bfloat16), config, tokenizer, and a manifest with
     data hashes, settings and the loss curve. A student of integers (compressed-tensors) stays one: its scales are
-    trained, and with `trains` "weights" its integers and norms too. `held_out`: text whose KL is watched (the ends of
-    `data` if None). Raises `PowertrainError` for models of different vocabularies, too little text, or a state of
-    another run.
+    trained, and with `trains` "weights" its integers and norms too. `top_k`: the teacher runs once, so many of its
+    log-probabilities of each position are stored in `OUT.training`, and learned from. `held_out`: text whose KL is
+    watched (the ends of `data` if None). Raises `PowertrainError` for models of different vocabularies, too little
+    text, or a state of another run.
     """
     out, text, compute = Path(out).absolute(), text or TextConfig(), compute or Compute()
     work = out.with_name(f"{out.name}.training")
@@ -107,26 +111,25 @@ def distill(
         raise PowertrainError(f"windows must have 2 to {longest} tokens for these models, got {text.length}")
     runs = training_runs(data, load_tokenizer(source.path), progress)
     windows, shared = _held_out(runs, held_out, source, text)
-    if "quantization_config" in pupil.config:
-        trained = quantized_student(pupil, trains, teacher=source, device=compute.device)
-    else:
-        trained = dense_student(pupil, compute.device)
-    batches = WindowBatches(torch.cat(runs), length=text.length, batch_size=text.batch_size, seed=text.seed)
+    trained = _student(pupil, source, trains, compute)
+    batches = WindowBatches(
+        torch.cat(runs), length=text.length, batch_size=text.batch_size, seed=text.seed, moves_cuts=top_k is None
+    )
     identity = {
         "teacher": weights_sha256(source.path),
         "student": weights_sha256(pupil.path),
         "held_out": tokens_sha256(windows),
     }
-    trainer = Trainer(
-        load_plain_model(source, compute.device, compute.dtype),
-        trained,
-        batches,
-        windows,
-        config,
-        compute=compute,
-        folder=work,
-        identity={**identity, "trains": trains},
-    )
+    frozen = load_plain_model(source, compute.device, compute.dtype)
+    if top_k is None:
+        teaching: Teacher = LiveTeacher(frozen)
+        watched = Batch(windows)
+    else:
+        logits = work / "teacher-logits"
+        teaching, watched = _stored(frozen, batches, windows, logits, top_k, identity["teacher"], progress)
+    del frozen
+    where = {**identity, "trains": trains, "top_k": top_k}
+    trainer = Trainer(teaching, trained, batches, watched, config, compute=compute, folder=work, identity=where)
     history = trainer.run(max_seconds=max_seconds, progress=progress)
     about: dict[str, Any] = {
         "teacher": str(teacher),
@@ -134,12 +137,34 @@ def distill(
         "data": [Path(file).name for file in data],
     }
     about |= {"text": asdict(text), "data_sha256": batches.sha256, "num_training_tokens": sum(map(len, runs))}
-    about |= {"trains": trains, "sha256": identity, "training_13grams_in_held_out_text": shared}
+    about |= {"trains": trains, "top_k": top_k, "sha256": identity, "training_13grams_in_held_out_text": shared}
     manifest = distillation_manifest(config, history, about)
     if history.ended is not None:
         write_student(out, pupil, source.path, trained, trainer.best_parameters(), dtype, manifest, overwrite=overwrite)
         shutil.rmtree(work, ignore_errors=True)
     return DistillReport(out=out, history=history, manifest=manifest)
+
+
+def _student(pupil: Checkpoint, source: Checkpoint, trains: Trains, compute: Compute) -> Student:
+    """What is trained of a student's checkpoint."""
+    if "quantization_config" in pupil.config:
+        return quantized_student(pupil, trains, teacher=source, device=compute.device)
+    return dense_student(pupil, compute.device)
+
+
+def _stored(
+    teacher: PlainModel,
+    batches: WindowBatches,
+    held_out: torch.Tensor,
+    folder: Path,
+    top_k: int,
+    sha256: str,
+    progress: Progress | None,
+) -> tuple[Teacher, Batch]:
+    """The teacher's stored view of all windows, and the held-out ones, which stand behind those of training."""
+    every = torch.cat((batches.windows(), held_out))
+    stored = store_teacher_logits(teacher, every, folder, k=top_k, teacher_sha256=sha256, progress=progress)
+    return stored, Batch(held_out, keys=tuple(range(batches.num_windows, len(every))))
 
 
 def check_pair(teacher: Checkpoint, student: Checkpoint) -> None:

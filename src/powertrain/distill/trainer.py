@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 
-from powertrain.compress.plain_model import POSITIONS_AT_ONCE, PlainModel, RunBlock, mean_kl, run_block
+from powertrain.compress.plain_model import POSITIONS_AT_ONCE, PlainModel, RunBlock, run_block
 from powertrain.distill.batches import Batch, Batches
-from powertrain.distill.losses import Divergence, mean_by_chunks, stream_loss, token_loss
+from powertrain.distill.losses import FORWARD_KL, Divergence, mean_by_chunks, stream_loss
 from powertrain.distill.state import History, Saved, load_state, save_state
 from powertrain.distill.student import Student
+from powertrain.distill.teachers import Teacher, View, counted, run_with_streams
 from powertrain.types import PowertrainError
 
 Progress = Callable[[str, float, float | None], None]
@@ -79,8 +79,8 @@ class TrainConfig:
 class Compute:
     """Where and how the arithmetic is done; it does not say what is trained.
 
-    `recomputes`: blocks run again in the backward pass instead of keeping their activations. `run`: how a block runs;
-    `loss`: how the logits are compared (both may be compiled). `positions_at_once`: whose logits exist at a time.
+    `recomputes`: blocks run again in the backward pass instead of keeping their activations. `run`: how a block of the
+    student runs, which may be compiled. `positions_at_once`: whose logits exist at a time.
     """
 
     device: torch.device | str = "cpu"
@@ -88,7 +88,6 @@ class Compute:
     recomputes: bool = False
     positions_at_once: int = POSITIONS_AT_ONCE
     run: RunBlock = run_block
-    loss: Callable[[torch.Tensor, torch.Tensor, Divergence], torch.Tensor] = token_loss
 
 
 class Trainer:
@@ -96,17 +95,17 @@ class Trainer:
 
     def __init__(
         self,
-        teacher: PlainModel,
+        teacher: Teacher,
         student: Student,
         batches: Batches,
-        held_out: torch.Tensor | None,
+        held_out: Batch | None,
         config: TrainConfig,
         *,
         compute: Compute | None = None,
         folder: Path | None = None,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
-        """teacher: frozen, in the device's memory; held_out: int64 [windows, tokens], whose KL is watched.
+        """teacher: on the same device; held_out: the windows whose KL is watched.
 
         `folder`: where states are kept, and one to go on from is looked for; `identity`: what else must be the same
         for that (hashes of models). Raises `PowertrainError` for a state of another run.
@@ -183,16 +182,15 @@ class Trainer:
     def held_out_kl(self) -> float:
         """Mean KL(teacher || student) in nats per token over the held-out windows."""
         assert self._held_out is not None
-        compute = self._compute
         # blocks run as they are: other shapes than training's are not worth a compilation
-        model, teacher = self._student.model(compute.dtype), PlainModel(self._teacher.config, self._teacher.weights)
-        rows = max(1, compute.positions_at_once // self._held_out.shape[1])
+        model = self._student.model(self._compute.dtype)
+        rows = max(1, self._compute.positions_at_once // self._held_out.token_ids.shape[1])
         total = 0.0
-        for windows in torch.split(self._held_out, rows):
-            ids = windows.to(compute.device)
-            inputs = (teacher.hidden(ids), teacher.head, model.hidden(ids), model.head)
-            total += float(mean_kl(*inputs, at_once=compute.positions_at_once)) * len(windows)
-        return total / len(self._held_out)
+        for begin in range(0, len(self._held_out.token_ids), rows):
+            batch = self._placed(self._held_out.part(slice(begin, begin + rows)))
+            view = self._teacher.look(batch, is_training=False)
+            total += float(self._compared(model, batch, view, FORWARD_KL)) * len(batch.token_ids)
+        return total / len(self._held_out.token_ids)
 
     # ---- one step ----
 
@@ -209,29 +207,46 @@ class Trainer:
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         compute, config = self._compute, self._config
-        ids = batch.token_ids
-        if torch.device(compute.device).type == "cuda":
-            ids = ids.pin_memory()  # a copy from other memory would wait for all that the GPU still has to do
-        ids = ids.to(compute.device, non_blocking=True)
+        batch = self._placed(batch)
         model = self._student.model(compute.dtype, run=compute.run, recomputes=compute.recomputes)
-        with torch.no_grad():
-            target, target_streams = _run(self._teacher, ids, {pair[1] for pair in config.hidden_pairs})
-        hidden, streams = _run(model, ids, {pair[0] for pair in config.hidden_pairs})
-        if batch.is_counted is not None:
-            counted = batch.is_counted.to(compute.device)
-            target, hidden = target[counted], hidden[counted]
-        target, hidden = target.flatten(0, -2), hidden.flatten(0, -2)
-
-        def score(rows: slice, logits: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad():
-                wanted = functional.linear(target[rows], self._teacher.head)
-            return compute.loss(logits, wanted, config.divergence)
-
-        loss = mean_by_chunks(hidden, model.head, score, compute.positions_at_once)
+        view = self._teacher.look(batch, {pair[1] for pair in config.hidden_pairs})
+        streams: dict[int, torch.Tensor] = {}
+        loss = self._compared(model, batch, view, config.divergence, streams)
         for own, other in config.hidden_pairs:
             share = config.hidden_weight / len(config.hidden_pairs)
-            loss = loss + share * stream_loss(streams[own], target_streams[other])
+            loss = loss + share * stream_loss(streams[own], view.streams[other])
         return loss
+
+    def _compared(
+        self,
+        model: PlainModel,
+        batch: Batch,
+        view: View,
+        divergence: Divergence,
+        streams: dict[int, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """The mean divergence over a batch; `streams` is filled with those that the hidden loss wants."""
+        wanted = set() if streams is None else {pair[0] for pair in self._config.hidden_pairs}
+        hidden, found = run_with_streams(model, batch.token_ids, wanted)
+        if streams is not None:
+            streams |= found
+
+        def score(rows: slice, logits: torch.Tensor) -> torch.Tensor:
+            return view.compare(rows, logits, divergence)
+
+        return mean_by_chunks(counted(hidden, batch), model.head, score, self._compute.positions_at_once)
+
+    def _placed(self, batch: Batch) -> Batch:
+        """The batch on the device."""
+        device = torch.device(self._compute.device)
+
+        def place(tensor: torch.Tensor) -> torch.Tensor:
+            if device.type == "cuda":
+                tensor = tensor.pin_memory()  # a copy from other memory would wait for all that the GPU has to do
+            return tensor.to(device, non_blocking=True)
+
+        is_counted = None if batch.is_counted is None else place(batch.is_counted)
+        return batch._replace(token_ids=place(batch.token_ids), is_counted=is_counted)
 
     # ---- what is watched and kept ----
 
@@ -295,17 +310,6 @@ class Trainer:
             self._optimizer.state[parameters[name]][key] = tensor
         if self._best is None and self.history.best_kl is not None:
             self._best = {name: tensor.detach().clone() for name, tensor in parameters.items()}
-
-
-def _run(model: PlainModel, ids: torch.Tensor, wanted: set[int]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-    """What the head multiplies, and the streams after the blocks `wanted`."""
-    kept: dict[int, torch.Tensor] = {}
-    streams = model.streams(ids)
-    x = next(streams)
-    for index, x in enumerate(streams):
-        if index in wanted:
-            kept[index] = x
-    return model.normed(x), kept
 
 
 def hidden_pairs(kept: tuple[int, ...], num_teacher_layers: int) -> tuple[tuple[int, int], ...]:

@@ -19,8 +19,8 @@ BASE = {"types", "config"}
 MODEL = BASE | {"kernels", "model"}
 CHECKPOINT = MODEL | TOKENIZER | {"checkpoint"}
 FACES = CHECKPOINT | {"engine", "llm", "outputs", "serve"}
-COMMAND_LINE = {"cli", "cli_budget", "cli_evaluate", "cli_options", "cli_output"}
-EVERYTHING = FACES | {"compress", "measure", "optimize", "text_data"} | COMMAND_LINE
+COMMAND_LINE = {"cli", "cli_budget", "cli_distill", "cli_evaluate", "cli_options", "cli_output"}
+EVERYTHING = FACES | {"compress", "distill", "measure", "optimize", "text_data"} | COMMAND_LINE
 
 MAY_IMPORT = {
     "types": set(),
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "text_data": TOKENIZER | {"types"},
     "checkpoint": CHECKPOINT,
     "compress": CHECKPOINT | {"compress", "text_data"},
+    "distill": CHECKPOINT | {"compress", "distill", "text_data"},
     "engine": CHECKPOINT | {"engine"},
     "outputs": TOKENIZER | {"types"},
     "llm": FACES,
@@ -41,11 +42,13 @@ MAY_IMPORT = {
     "cli_output": {"measure"},
     "cli": EVERYTHING,
     "cli_budget": EVERYTHING,
+    "cli_distill": EVERYTHING,
     "cli_evaluate": EVERYTHING,
     "__main__": {"cli"},
     "__init__": EVERYTHING,
 }
 
+COMPUTE_LAYERS = ("kernels", "model", "checkpoint", "compress", "distill", "engine")
 BARE_MACHINE = {"torch", "numpy", "safetensors", "tokenizers"}
 NOT_ON_A_BARE_MACHINE = [
     *("fastapi", "pydantic", "starlette", "uvicorn", "h11", "httpx", "gguf", "msgspec", "typer", "rich", "yaml", "zmq"),
@@ -99,7 +102,9 @@ def test_layers_know_only_those_below() -> None:
     assert not offences
 
 
-@pytest.mark.parametrize("layer", ["types", "config", "kernels", "model", "checkpoint", "compress", "engine"])
+@pytest.mark.parametrize(
+    "layer", ["types", "config", "kernels", "model", "checkpoint", "compress", "distill", "engine"]
+)
 def test_the_compute_layers_need_only_the_libraries_of_a_bare_machine(layer: str) -> None:
     allowed = BARE_MACHINE | {"powertrain"} | set(sys.stdlib_module_names)
     for path in sources():
@@ -111,7 +116,7 @@ def test_the_compute_layers_need_only_the_libraries_of_a_bare_machine(layer: str
 
 
 def test_package_markers_are_empty_where_the_law_says_so() -> None:
-    for layer in ("checkpoint", "engine", "kernels", "model", "serve", "measure"):
+    for layer in ("checkpoint", "distill", "engine", "kernels", "model", "serve", "measure"):
         body = ast.parse((PACKAGE / layer / "__init__.py").read_text()).body
         assert all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body), layer
 
@@ -140,8 +145,7 @@ def run_blocked(code: str, blocked: list[str]) -> None:
 
 
 def test_a_bare_machine_can_run_the_engine_side() -> None:
-    layers = ("kernels", "model", "checkpoint", "compress", "engine")
-    modules = [module_name(path) for path in sources() if layer_of(path) in layers]
+    modules = [module_name(path) for path in sources() if layer_of(path) in COMPUTE_LAYERS]
     modules += [f"powertrain.measure.{name}" for name in ("bench", "bench_kernels", "explain")]
     code = "import importlib\n" + "".join(f"importlib.import_module({name!r})\n" for name in modules)
     run_blocked(code, NOT_ON_A_BARE_MACHINE)

@@ -12,6 +12,7 @@ import typer
 
 from powertrain import __version__
 from powertrain.cli_budget import budget
+from powertrain.cli_distill import distill
 from powertrain.cli_evaluate import evaluate
 from powertrain.cli_options import (
     Device,
@@ -292,6 +293,7 @@ def compress(
 
 
 app.command()(budget)
+app.command()(distill)
 app.command()(evaluate)
 
 

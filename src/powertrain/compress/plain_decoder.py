@@ -27,13 +27,21 @@ LINEARS_OF_STEP: dict[int, tuple[str, ...]] = {
 """The matrices that share an input, in the order in which a block multiplies by them."""
 
 
-class PlainBlock:
-    """One pre-norm block with the weights of `weights`, which are looked up anew at each use."""
+Rotations = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin float32 [tokens, d]."""
 
-    def __init__(self, config: ModelConfig, index: int, weights: Weights) -> None:
+
+class PlainBlock:
+    """One pre-norm block with the weights of `weights`, which are looked up anew at each use.
+
+    `turns`: what `rotations` gives, where many blocks share it; each use makes its own otherwise.
+    """
+
+    def __init__(self, config: ModelConfig, index: int, weights: Weights, turns: Rotations | None = None) -> None:
         self.config = config
         self.window = config.windows[index]
         self.weights = weights
+        self.turns = turns
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [sequences, tokens, hidden] after the block."""
@@ -59,7 +67,7 @@ class PlainBlock:
         query, key, value = (self.linear(name, a) for name in LINEARS_OF_STEP[ATTENTION_INPUT])
         query = self._heads(query, config.num_heads, "self_attn.q_norm")
         key = self._heads(key, config.num_kv_heads, "self_attn.k_norm")
-        cos, sin = rotations(config, tokens, a.device)
+        cos, sin = self.turns or rotations(config, tokens, a.device)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         value = self._heads(value, config.num_kv_heads, None)
         repeats = config.num_heads // config.num_kv_heads
@@ -84,7 +92,7 @@ class PlainBlock:
         return x.transpose(1, 2)
 
 
-def rotations(config: ModelConfig, num_tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def rotations(config: ModelConfig, num_tokens: int, device: torch.device) -> Rotations:
     """cos and sin float32 [tokens, d] of rotary angles, each half the same."""
     angles = torch.outer(torch.arange(num_tokens, dtype=torch.float32), rope_frequencies(config)).to(device)
     angles = torch.cat((angles, angles), dim=-1)

@@ -13,11 +13,14 @@ from powertrain.compress import sign_rounding
 from powertrain.compress.awq import AwqStep
 from powertrain.compress.gptq import MAX_DAMPING, GptqOptions
 from powertrain.compress.model_step import ModelStep
+from powertrain.compress.prune_depth import PruneDepthStep
+from powertrain.compress.prune_width import PruneWidthStep
 from powertrain.compress.ranges import OBSERVERS, Observer
 from powertrain.compress.recipe_fields import one_of, refuse_unknown_keys
 from powertrain.compress.rotation import RotateStep
 from powertrain.compress.sign_rounding import SignRoundingOptions
 from powertrain.compress.smoothquant import SmoothQuantStep
+from powertrain.compress.sparsify import SparsifyStep
 from powertrain.types import PowertrainError, QuantScheme
 
 CHANNEL = "channel"
@@ -53,10 +56,16 @@ MODEL_STEPS: dict[str, Callable[[Mapping[str, Any], str], ModelStep]] = {
     "rotate": RotateStep.parse,
     "awq": AwqStep.parse,
     "smoothquant": SmoothQuantStep.parse,
+    "prune_depth": PruneDepthStep.parse,
+    "prune_width": PruneWidthStep.parse,
+    "sparsify": SparsifyStep.parse,
 }
 """Methods that change the whole model: (the step's entries without `method`, where it stands) -> the step."""
 
-_MODEL_PRESETS: dict[str, list[dict[str, Any]]] = {"rotated": [{"method": "rotate"}]}
+_MODEL_PRESETS: dict[str, list[dict[str, Any]]] = {
+    "rotated": [{"method": "rotate"}],
+    "prune-depth-third": [{"method": "prune_depth", "share": 1 / 3}],
+}
 PRESETS = (*SCHEMES, *_MODEL_PRESETS)
 
 _STEP_KEYS = ("match", "ignore", "method", "scheme", "group_size", "group_size_fallback", "observer")

@@ -2,7 +2,8 @@
 
 Calibrated methods run once a seed. The reference is the model as it is given, dequantized to float32: for the default
 model that is a file of 4-bit blocks, so nothing here is a loss against the model that was trained. The text that judges
-must share no run of 13 tokens with the text that calibrates.
+must share no run of 13 tokens with the text that calibrates. With `--device cuda` all of it runs on a GPU, judged in
+float32 by the reference kernels; that needs torch, numpy, safetensors and tokenizers only.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import parser, write
 
 from powertrain.checkpoint.hub import resolve_model
 from powertrain.checkpoint.source import open_checkpoint
 from powertrain.checkpoint.tokenizer_files import load_tokenizer
+from powertrain.compress.budget import Target, budget
 from powertrain.compress.calibrate import NgramFilter, calibration_set
-from powertrain.compress.driver import compress
+from powertrain.compress.driver import compress, plan_compression
 from powertrain.compress.recipe import load_recipe
 from powertrain.measure import record
-from powertrain.measure.evaluate import Reference, evaluate
+from powertrain.measure.evaluate import Reference
+from powertrain.measure.scoring import Model, read_model
 from powertrain.text_data import encode_texts, read_texts
 
 Step = dict[str, Any]
@@ -37,6 +41,7 @@ MSE: Step = {"observer": "mse"}
 ROTATE: Step = {"method": "rotate"}
 RANDOM: Step = {"method": "rotate", "kind": "random"}
 AWQ: Step = {"method": "awq"}
+LEARNED: Step = {"method": "autoround"}
 W4: Step = step("W4A16", "channel")
 W4_MSE: Step = step("W4A16", "channel", **MSE)
 W4_GPTQ: Step = step("W4A16", "channel", **GPTQ)
@@ -56,8 +61,15 @@ RECIPES: dict[str, list[Step]] = {
             ("rtn mse", MSE),
             ("gptq", GPTQ),
             ("gptq asymmetric", {**GPTQ, "correction": "asymmetric"}),
+            ("autoround", LEARNED),
+            ("autoround compressed target", {**LEARNED, "target": "compressed"}),
         )
     },
+    "W2 g64 autoround minmax": [step("W2A16", 64, **LEARNED, observer="minmax")],
+    "W2 g64 autoround 1000 steps": [step("W2A16", 64, **LEARNED, iterations=1000)],
+    "W2 g64 autoround autocast": [step("W2A16", 64, **LEARNED, autocast=True)],
+    "W2 g64 asymmetric rtn mse": [step("W2A16_ASYM", 64, **MSE)],
+    "W2 g64 asymmetric autoround": [step("W2A16_ASYM", 64, **LEARNED)],
     "FP8": [{"match": "Linear", "scheme": "FP8_DYNAMIC"}],
     "NVFP4": [{"match": "Linear", "scheme": "NVFP4A16"}],
     "NVFP4 mse": [{"match": "Linear", "scheme": "NVFP4A16", **MSE}],
@@ -76,6 +88,12 @@ RECIPES: dict[str, list[Step]] = {
     "W8A8": [W8A8],
     "smoothquant W8A8": [{"method": "smoothquant"}, W8A8],
 }
+BUDGETS = {f"budget of W4 g64 {method}": method for method in ("rtn", "gptq", "autoround")}
+"""Each layer in a format of its own, chosen by sensitivity for the bytes of W4 g64."""
+BUDGET_WINDOWS = {"num_samples": 32, "length": 256}
+"""Of the calibration text, for the sensitivities."""
+
+
 SHOWN = ("kl_mean", "kl_p99", "top1_agreement", "ppl_reference", "ppl_candidate", "ppl_ratio", "bits_per_weight")
 
 
@@ -89,44 +107,75 @@ def main() -> None:
     arguments.add_argument("--num-tokens", type=int, default=32768)
     arguments.add_argument("--window", type=int, default=512)
     arguments.add_argument("--seeds", default="0")
+    arguments.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    arguments.add_argument("--sensitivity", default="fisher", choices=("fisher", "kl"), help="of the budgets")
     arguments.add_argument("--only", default="", help="recipes whose names contain one of these, after commas")
     given = arguments.parse_args()
     checkpoint = open_checkpoint(resolve_model(given.model))
     judging = encode_texts(read_texts(given.data), load_tokenizer(checkpoint.path))
-    reference = Reference(given.model, data=given.data, num_tokens=given.num_tokens, window=given.window)
+    # float32 is what it says on a GPU too
+    torch.backends.cuda.matmul.allow_tf32 = False
     rows: list[dict[str, Any]] = []
-    for name, recipe in RECIPES.items():
+    reference = Reference(judged(given.model, given), data=given.data, num_tokens=given.num_tokens, window=given.window)
+    seeds = [int(part) for part in given.seeds.split(",")]
+    for name in [*RECIPES, *BUDGETS]:
         if not any(part in name for part in given.only.split(",")):
             continue
-        for seed in [int(part) for part in given.seeds.split(",")]:
-            if not load_recipe({"steps": recipe}).is_calibrated and seed != int(given.seeds.split(",")[0]):
-                continue
+        is_calibrated = name in BUDGETS or load_recipe({"steps": RECIPES[name]}).is_calibrated
+        for seed in seeds if is_calibrated else seeds[:1]:
             how = {"num_samples": given.num_samples, "length": given.length, "seed": seed}
-            shared = NgramFilter(calibration_set(given.calibration, checkpoint, **how).token_ids).num_shared([judging])
-            if shared:
-                sys.exit(f"error: {shared} runs of 13 tokens of {given.data} are in the calibration text")
-            rows.append(one(given, reference, name, recipe, how))
+            for windows in (how, {**how, **BUDGET_WINDOWS}) if name in BUDGETS else (how,):
+                found = calibration_set(given.calibration, checkpoint, **windows)
+                shared = NgramFilter(found.token_ids).num_shared([judging])
+                if shared:
+                    sys.exit(f"error: {shared} runs of 13 tokens of {given.data} are in the calibration text")
+            rows.append(one(given, reference, name, how))
             show(rows[-1])
             # after each row: an interruption keeps what was measured
             record.write_record(given.json, made(given, rows))
     write(given.json, made(given, rows))
 
 
+def judged(model: str, given: Any) -> Model:
+    """A model as it is judged: on a GPU in float32, on a CPU as the engine would serve it; the reference in float32."""
+    if given.device == "cuda":
+        return read_model(model, device="cuda", dtype="float32", kernels="reference")
+    return read_model(model, device="cpu", dtype="float32" if model == given.model else "auto")
+
+
 def made(given: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    config = {"num_samples": given.num_samples, "length": given.length, "num_tokens": given.num_tokens}
+    config = {key: getattr(given, key) for key in ("num_samples", "length", "num_tokens", "device", "sensitivity")}
     about = {"model": given.model, "data": given.data.name, "calibration": [path.name for path in given.calibration]}
     return record.new_record("compression_methods", git=given.git, **about, config=config, results=rows)
 
 
-def one(given: Any, reference: Reference, name: str, recipe: list[Step], how: dict[str, Any]) -> dict[str, Any]:
+def one(given: Any, reference: Reference, name: str, how: dict[str, Any]) -> dict[str, Any]:
     """Compress into a folder that is gone afterwards, and judge what stands there."""
     with tempfile.TemporaryDirectory() as folder:
         out, started = Path(folder) / "out", time.perf_counter()
-        report = compress(given.model, out, {"steps": recipe}, calibration=given.calibration, **how)
+        recipe = RECIPES[name] if name in RECIPES else budgeted(given, BUDGETS[name], how["seed"])
+        steps = {"steps": recipe}
+        report = compress(given.model, out, steps, calibration=given.calibration, device=given.device, **how)
         seconds = time.perf_counter() - started
-        found = evaluate(str(out), reference).to_dict()
+        found = reference.compare(judged(str(out), given)).to_dict()
     own = {"name": name, "seed": how["seed"], "seconds": seconds, "recipe": recipe, "bytes": report.nbytes}
     return {**own, **{key: found[key] for key in SHOWN}, "intervals": found["intervals"]}
+
+
+def budgeted(given: Any, method: str, seed: int) -> list[Step]:
+    """The steps of a budget's recipe; it looks at fewer of the calibration's windows."""
+    nbytes = plan_compression(given.model, {"steps": [step("W4A16", 64)]}).nbytes
+    found = budget(
+        given.model,
+        Target(nbytes=nbytes),
+        calibration=given.calibration,
+        sensitivity=given.sensitivity,
+        method=method,
+        device=given.device,
+        seed=seed,
+        **BUDGET_WINDOWS,
+    )
+    return [one.to_dict() for one in found.recipe.steps]
 
 
 def show(row: dict[str, Any]) -> None:

@@ -30,7 +30,9 @@ from powertrain.kernels.gpu.rounded_matmul import RoundedConfig
 from powertrain.kernels.model_cases import MODEL_SHAPES
 from powertrain.kernels.quantized import MAX_UNROUNDED_ROWS, Int4Blocks
 
-CACHE_BYTES = 128 * 2**20
+CACHE_BYTES = 512 * 2**20
+"""Of weights, so that none is found in the cache: what is read once leaves it first, so that of fewer many would stay.
+"""
 PROGRAMS = (96, 1100)
 """Of a product with several splits."""
 ROUNDED = ("fp8 rounded", "int8 rounded")
@@ -49,6 +51,13 @@ ROUNDED_LAYOUTS = (
     RoundedConfig(128, 64, 1, 128, 1, True, 4, 4),
     RoundedConfig(128, 128, 1, 256, 1, True, 8, 3),
     RoundedConfig(128, 64, 1, 256, 1, True, 4, 2),
+    RoundedConfig(64, 64, 1, 128, 1, True, 4, 4),
+    RoundedConfig(64, 64, 1, 256, 1, True, 4, 4),
+    RoundedConfig(64, 128, 1, 128, 1, True, 8, 4),
+    RoundedConfig(64, 128, 1, 256, 1, True, 8, 3),
+    RoundedConfig(64, 64, 2, 128, 1, True, 4, 4),
+    RoundedConfig(64, 64, 2, 256, 1, True, 4, 3),
+    RoundedConfig(64, 128, 2, 128, 1, True, 8, 4),
 )
 """What registers hold with either type, but for a few words of some with splits, which come with the shape."""
 ROUNDED_PROGRAMS = (64, 400)
@@ -120,6 +129,7 @@ def candidates(problem: Problem) -> Iterator[Config]:
     # too few programs leave processors idle, too many read the activations again and again
     if problem.rows <= 32:
         layouts = [(32, False, 1), (32, False, 2), (64, False, 2), (64, False, 4), (128, False, 4), (64, True, 4)]
+        layouts += [(16, False, 1), (16, False, 2), (32, False, 4), (64, False, 8), (128, False, 8)]
         stages = (3, 5)
     elif problem.rows <= 64:
         layouts, stages = [(64, False, 4), (64, True, 4), (128, True, 4), (128, True, 8)], (3, 4, 5)
@@ -138,7 +148,8 @@ def rounded_candidates(problem: Problem) -> Iterator[RoundedConfig]:
     for layout, splits in itertools.product(ROUNDED_LAYOUTS, (1, 2, 4)):
         columns = layout.outputs * layout.tiles
         programs = -(-problem.matrix_rows // columns) * -(-problem.rows // layout.tile_rows) * splits
-        fits = layout.tile_rows <= problem.rows and (layout.tiles == 2 or not problem.is_gated)
+        fits = layout.tile_rows == 64 if problem.rows <= 64 else 64 < layout.tile_rows <= problem.rows
+        fits = fits and (layout.tiles == 2 or not problem.is_gated)
         is_worth = not problem.is_gated and ROUNDED_PROGRAMS[0] <= programs <= ROUNDED_PROGRAMS[1]
         if fits and (splits == 1 or is_worth):
             yield layout._replace(splits=splits)

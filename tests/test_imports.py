@@ -19,7 +19,7 @@ BASE = {"types", "config"}
 MODEL = BASE | {"kernels", "model"}
 CHECKPOINT = MODEL | TOKENIZER | {"checkpoint"}
 FACES = CHECKPOINT | {"engine", "llm", "outputs", "serve"}
-COMMAND_LINE = {"cli", "cli_evaluate", "cli_options", "cli_output"}
+COMMAND_LINE = {"cli", "cli_budget", "cli_evaluate", "cli_options", "cli_output"}
 EVERYTHING = FACES | {"compress", "measure", "optimize", "text_data"} | COMMAND_LINE
 
 MAY_IMPORT = {
@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "cli_options": BASE,
     "cli_output": {"measure"},
     "cli": EVERYTHING,
+    "cli_budget": EVERYTHING,
     "cli_evaluate": EVERYTHING,
     "__main__": {"cli"},
     "__init__": EVERYTHING,

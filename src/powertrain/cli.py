@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from powertrain import __version__
+from powertrain.cli_budget import budget
 from powertrain.cli_evaluate import evaluate
 from powertrain.cli_options import (
     Device,
@@ -290,6 +291,7 @@ def compress(
     say(f"next: powertrain evaluate {out} --reference {model}")
 
 
+app.command()(budget)
 app.command()(evaluate)
 
 

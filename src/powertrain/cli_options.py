@@ -28,7 +28,7 @@ RandomFormat = Annotated[
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-Method = Literal["rtn", "gptq", "awq", "smoothquant"]
+Method = Literal["rtn", "gptq", "autoround", "awq", "smoothquant"]
 
 _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     "device": (Device, "Where to run; auto takes CUDA if there is one."),

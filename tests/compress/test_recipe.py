@@ -82,7 +82,7 @@ def step(**entries):
         ({"step": []}, "recipe: unknown key 'step'; the known ones are name, steps"),
         ({"steps": ["W4A16"]}, r"steps\[0\]: a step is a mapping"),
         (step(groupsize=64), r"recipe: steps\[0\]: unknown key 'groupsize'; the known ones are match, ignore"),
-        (step(method="hqq"), r"steps\[0\].method is unknown: 'hqq'; the known ones are rtn, gptq"),
+        (step(method="hqq"), r"steps\[0\].method is unknown: 'hqq'; the known ones are rtn, gptq, autoround"),
         (step(scheme="W1A16"), r"steps\[0\].scheme is unknown: 'W1A16'; the known ones are W4A16"),
         (step(observer="max"), r"steps\[0\].observer is unknown: 'max'; the known ones are minmax, mse"),
         ({"steps": [{"match": "Linear"}]}, r"steps\[0\].scheme is missing; the known ones are W4A16"),

@@ -88,8 +88,9 @@ def step_over(query_lens, context_lens, block_size=16, seed=0):
 
 @each_dtype
 @pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.parametrize("is_by_head", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (3, 1, 80), (2, 2, 10)])
-def test_rotation_and_cache_write(heads, kv_heads, dim, has_norms, dtype):
+def test_rotation_and_cache_write(heads, kv_heads, dim, is_by_head, has_norms, dtype):
     step, num_blocks = step_over([1, 1, 5], [17, 3, 20])
     angles = normal(7, 1, dim // 2)
     rope = (
@@ -99,10 +100,19 @@ def test_rotation_and_cache_write(heads, kv_heads, dim, has_norms, dtype):
     norms = (normal(dim, dtype=dtype, seed=1), normal(dim, dtype=dtype, seed=2)) if has_norms else None
     qkv = normal(7, heads + 2 * kv_heads, dim, dtype=dtype, seed=3)
     caches = [torch.zeros(num_blocks, 16, 2 * kv_heads, dim, device=DEVICE, dtype=dtype) for _ in range(2)]
+    if is_by_head:
+        caches[0] = laid_by_head(caches[0])
     out = gpu_fused.rotate_and_write(qkv.clone(), rope, norms, 1e-5, caches[0], step)
     expected = rotate_and_write.reference(qkv.clone(), rope, norms, 1e-5, caches[1], step)
     assert difference(out, expected) < TOLERANCE[dtype]
     assert difference(caches[0], caches[1]) < TOLERANCE[dtype]
+
+
+def laid_by_head(cache):
+    """The same layer's cache in the other layout."""
+    if isinstance(cache, ScaledCache):
+        return ScaledCache(laid_by_head(cache.values), laid_by_head(cache.scales))
+    return cache.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def quantized_cache(num_blocks, block_size, heads, dim, kind):
@@ -111,12 +121,15 @@ def quantized_cache(num_blocks, block_size, heads, dim, kind):
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn], ids=str)
-def test_8_bit_caches_hold_what_the_reference_writes(kind):
+@pytest.mark.parametrize("is_by_head", [False, True])
+def test_8_bit_caches_hold_what_the_reference_writes(is_by_head, kind):
     step, num_blocks = step_over([1, 1, 5], [17, 3, 20])
     ones = torch.ones(7, 1, 80, device=DEVICE)
     # a query, two keys and two values, the last of zeros
     qkv = normal(7, 5, 80) * torch.tensor([1.0, 30.0, 0.01, 2.0, 0.0], device=DEVICE)[:, None]
     caches = [quantized_cache(num_blocks, 16, 4, 80, kind) for _ in range(2)]
+    if is_by_head:
+        caches = [laid_by_head(cache) for cache in caches]
     for write, cache in ((gpu_fused.rotate_and_write, caches[0]), (rotate_and_write.reference, caches[1])):
         write(qkv.clone(), (ones, 0 * ones), None, 1e-5, cache, step)
     own, expected = caches
@@ -139,7 +152,8 @@ def test_paged_attention_over_8_bit_caches(heads, kv_heads, dim, window, kind, d
     raw = normal(*cache.values.shape) * (30 if kind == torch.int8 else 100)
     cache = ScaledCache(raw.to(kind), torch.rand(cache.scales.shape, device=DEVICE) * 0.03)
     query = normal(sum(query_lens), heads, dim, dtype=dtype, seed=1)
-    out = gpu_attention.paged_attention(query, cache, step, window)
+    out = gpu_attention.paged_attention(query, laid_by_head(cache), step, window)
+    assert torch.equal(out, gpu_attention.paged_attention(query, cache, step, window))
     expected = paged_attention.reference(query.float(), cache, step_over(query_lens, context_lens)[0], window)
     assert difference(out, expected) < TOLERANCE[dtype]
 
@@ -174,7 +188,7 @@ def test_paged_attention(query_lens, context_lens, heads, kv_heads, dim, block_s
     cache = normal(num_blocks, block_size, 2 * kv_heads, dim, dtype=dtype)
     # queries as they lie among keys and values
     query = normal(sum(query_lens), heads + 2 * kv_heads, dim, dtype=dtype, seed=1)[:, :heads]
-    out = gpu_attention.paged_attention(query, cache, step, window)
+    out = gpu_attention.paged_attention(query, laid_by_head(cache), step, window)
     exact = step_over(query_lens, context_lens, block_size)[0]
     expected = paged_attention.reference(query.float(), cache.float(), exact, window)
     assert difference(out, expected) < TOLERANCE[dtype]
@@ -199,7 +213,7 @@ def test_long_whole_prompts_are_the_librarys(kind, monkeypatch):
     wide = cache if kind is not None else cache.float()
     expected = paged_attention.reference(query.float(), wide, step_over(query_lens, context_lens)[0], None)
     assert difference(out, expected) < TOLERANCE[dtype]
-    alone = gpu_attention.paged_attention(query[:96], cache, step_over([96], [96])[0], None)
+    alone = gpu_attention.paged_attention(query[:96], laid_by_head(cache), step_over([96], [96])[0], None)
     expected = paged_attention.reference(query[:96].float(), wide, step_over([96], [96])[0], None)
     assert difference(alone, expected) < TOLERANCE[dtype]
 

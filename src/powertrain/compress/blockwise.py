@@ -54,12 +54,28 @@ class CalibratedWalk:
         self._streams: list[Pair] = [(batch, batch if keeps_original else None) for batch in batches]
 
     @torch.inference_mode()
-    def through(self, index: int, weights: Weights, wanted: set[str], compress: Compress) -> None:
+    def examples(self, index: int, weights: Weights, *, is_original: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """What block `index` gets now and what it should give, float32 [sequences, tokens, hidden], for all tokens.
+
+        For methods that change all matrices of a block together. weights: the original block's. `is_original`: the
+        targets are its outputs in the original model, which must be kept; else those for what it gets now.
+        """
+        block = PlainBlock(self._config, index, weights)
+        targets = []
+        for x, before in self._streams:
+            assert before is not None or not is_original
+            targets.append(block(before if is_original and before is not None else x))
+        return torch.cat([x for x, _ in self._streams]), torch.cat(targets)
+
+    @torch.inference_mode()
+    def through(
+        self, index: int, weights: Weights, wanted: set[str], compress: Compress, changed: Weights | None = None
+    ) -> None:
         """Take the streams through block `index`; `compress` is asked for each of the `wanted` matrices in turn.
 
-        weights: the block's tensors as float32.
+        weights: the block's tensors as float32. changed: what others of them have become already.
         """
-        current = dict(weights)
+        current = {**weights, **(changed or {})}
         block = PlainBlock(self._config, index, current)
         original = PlainBlock(self._config, index, weights) if self._keeps_original else None
 

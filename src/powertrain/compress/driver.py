@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,17 @@ from powertrain.compress.gptq import Moments, gptq
 from powertrain.compress.leak import Grid, describe_leaks, find_grid
 from powertrain.compress.manifest import MANIFEST_FILE, manifest_text, weights_sha256
 from powertrain.compress.model_step import Progress, StepContext, apply_steps
-from powertrain.compress.plain_decoder import LINEARS_OF_STEP
+from powertrain.compress.plain_decoder import LINEARS_OF_STEP, Weights
 from powertrain.compress.plan import EMBEDDING, CompressionPlan, LayerPlan, make_plan, target_groups
-from powertrain.compress.quantize import rtn
+from powertrain.compress.quantize import rtn, weight_error
 from powertrain.compress.recipe import CHANNEL, Recipe, load_recipe
 from powertrain.compress.report import CompressionReport, LayerReport
+from powertrain.compress.sign_rounding import SignRoundingOptions, round_block
 from powertrain.model.families import model_config
 from powertrain.model.float4 import Float4Weight
 from powertrain.model.float8 import Float8Weight
 from powertrain.model.weights import IntWeight
-from powertrain.types import PowertrainError
+from powertrain.types import PowertrainError, QuantScheme
 
 FINAL_NORM = "model.norm.weight"
 DEVICES = ("auto", "cpu", "cuda")
@@ -82,7 +84,7 @@ def compress(
         progress=progress,
     )
     changed = apply_steps(checkpoint, parsed.model_steps, context)
-    writer = _Writer(changed, plan, samples, place, progress)
+    writer = _Writer(changed, plan, samples, place, progress, seed)
     extra_files: dict[str, bytes | str] = _text_files(checkpoint)
     reports: list[CompressionReport] = []
 
@@ -133,12 +135,14 @@ class _Writer:
         calibration: CalibrationSet | None,
         device: torch.device,
         progress: Progress | None,
+        seed: int,
     ) -> None:
         self._checkpoint = checkpoint
         self._plan = plan
         self._calibration = calibration
         self._device = device
         self._progress = progress
+        self._seed = seed
         self._done = 0
         self._layers: list[LayerReport] = []
         self._grids: list[tuple[str, Grid | None]] = []
@@ -168,7 +172,7 @@ class _Writer:
             model_config(self._checkpoint.config),
             embedding.to(self._device),
             self._calibration.token_ids,
-            keeps_original=any(step.correction == "asymmetric" for step in steps),
+            keeps_original=any(step.wants_original for step in steps),
         )
 
     def _load(self, name: str) -> torch.Tensor:
@@ -188,7 +192,10 @@ class _Writer:
                 name: self._quantize(layer, weights[f"{name}.weight"], absmax=_shared_absmax(name, weights))[0]
                 for name, layer in layers.items()
             }
-        found: dict[str, dict[str, torch.Tensor]] = {}
+        within = {name.removeprefix(prefix): weight.float() for name, weight in weights.items()}
+        by_name = {name.removeprefix(prefix): layer for name, layer in layers.items()}
+        jointly = self._rounded_jointly(index, within, by_name, walk)
+        found = {prefix + name: self._stored(by_name[name], ints, error) for name, (ints, error) in jointly.items()}
         absmax = {name: _shared_absmax(name, weights) for name in layers}
 
         def compress_one(name: str, weight: torch.Tensor, moments: Moments) -> torch.Tensor:
@@ -196,8 +203,27 @@ class _Writer:
             found[prefix + name] = tensors
             return quantized.dequantize()
 
-        within = {name.removeprefix(prefix): weight.float() for name, weight in weights.items()}
-        walk.through(index, within, {name.removeprefix(prefix) for name in layers}, compress_one)
+        changed = {f"{name}.weight": ints.dequantize() for name, (ints, _) in jointly.items()}
+        walk.through(index, within, by_name.keys() - jointly.keys(), compress_one, changed)
+        return found
+
+    def _rounded_jointly(
+        self, index: int, weights: Weights, layers: Mapping[str, LayerPlan], walk: CalibratedWalk
+    ) -> dict[str, tuple[IntWeight, float]]:
+        """Integers and weight error of the matrices that are rounded together: those with the same options."""
+        together: dict[SignRoundingOptions, dict[str, QuantScheme]] = {}
+        for name, layer in layers.items():
+            if layer.step.method == "autoround" and isinstance(layer.scheme, QuantScheme):
+                together.setdefault(replace(layer.step.autoround, seed=self._seed), {})[name] = layer.scheme
+        found: dict[str, tuple[IntWeight, float]] = {}
+        current = dict(weights)
+        for options, schemes in together.items():
+            inputs, targets = walk.examples(index, weights, is_original=options.target == "original")
+            config, scale_dtype = model_config(self._checkpoint.config), self._plan.dtype
+            rounded = round_block(config, index, current, schemes, inputs, targets, options, scale_dtype=scale_dtype)
+            for name, ints in rounded.matrices.items():
+                found[name] = (ints, weight_error(weights[f"{name}.weight"], ints.dequantize()))
+                current[f"{name}.weight"] = ints.dequantize()
         return found
 
     def _head(self, walk: CalibratedWalk | None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -241,7 +267,7 @@ class _Writer:
         quantized: Quantized
         if isinstance(layer.scheme, FloatScheme):
             floats, error = to_preset(weight, layer.scheme, search=step.observer == "mse", absmax=absmax, name=name)
-            quantized, tensors = floats, layer.scheme.tensors(name, floats)
+            quantized = floats
         else:
             if step.method == "gptq":
                 assert moments is not None
@@ -250,21 +276,31 @@ class _Writer:
                 )
             else:
                 ints, error = rtn(weight, layer.scheme, scale_dtype=scale_dtype, observer=step.observer, name=name)
-            quantized, tensors = ints, int_weight_tensors(name, ints, stored_format(layer.scheme))
+            quantized = ints
+        return self._stored(layer, quantized, error), quantized
+
+    def _stored(self, layer: LayerPlan, quantized: Quantized, error: float) -> dict[str, torch.Tensor]:
+        """A matrix's tensors as they are stored; the layer is reported as done."""
+        if isinstance(layer.scheme, FloatScheme):
+            assert not isinstance(quantized, IntWeight)
+            tensors = layer.scheme.tensors(layer.name, quantized)
+        else:
+            assert isinstance(quantized, IntWeight)
+            tensors = int_weight_tensors(layer.name, quantized, stored_format(layer.scheme))
         tensors = {tensor_name: tensor.cpu() for tensor_name, tensor in tensors.items()}
         self._layers.append(
             LayerReport(
                 name=layer.name,
                 shape=layer.shape,
-                method=step.method,
-                scheme=step.scheme_name,
+                method=layer.step.method,
+                scheme=layer.step.scheme_name,
                 group_size=layer.scheme.group_size or CHANNEL,
                 error=error,
                 nbytes=sum(tensor.nbytes for tensor in tensors.values()),
             )
         )
         self._report_progress()
-        return tensors, quantized
+        return tensors
 
     def report(self, model: str, source: Checkpoint, out: Path, seconds: float) -> CompressionReport:
         return CompressionReport(

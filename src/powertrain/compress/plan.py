@@ -163,6 +163,8 @@ def _linear_sources(shapes: dict[str, tuple[int, ...]], names_head: bool) -> dic
 
 def _fit_scheme(name: str, in_features: int, step: Step) -> Scheme:
     """The step's scheme with a group size that divides this layer's rows."""
+    if step.method == "autoround" and name == HEAD:
+        raise PowertrainError(f"{name}: autoround rounds the matrices of a block together; give the head rtn or gptq")
     if isinstance(step.scheme, FloatScheme):
         if step.scheme.strategy is None and in_features % (step.scheme.group_size or 1):
             own = f"{step.scheme_name} has groups of {step.scheme.group_size} inputs"

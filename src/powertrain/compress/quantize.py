@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from powertrain.compress.ranges import Observer, choose_range, to_integers
+from powertrain.compress.ranges import SHRINK_STEPS, Observer, choose_range, to_integers
 from powertrain.model.weights import IntWeight
 from powertrain.types import PowertrainError, QuantScheme
 
@@ -62,13 +62,14 @@ def rtn(
     scale_dtype: torch.dtype = torch.float32,
     observer: Observer = "minmax",
     name: str = "weight",
+    shrink_steps: int = SHRINK_STEPS,
 ) -> tuple[IntWeight, float]:
     """Round a matrix to the nearest points of a grid per group (compressed-tensors' conventions).
 
     `weight` is float [out, in]. Symmetric: scale = absmax / ((2^b - 1) / 2), so 7.5 steps for 4 bits. Asymmetric: the
     range, widened to hold zero, in 2^b - 1 steps with an integer zero point. `observer` "mse" searches for a smaller
-    range with less error (`compress/ranges.py`). The scale is rounded to `scale_dtype` before the integers are chosen,
-    so that what is stored is what was rounded to; a group of zeros stays exactly zero.
+    range with less error, in `shrink_steps` trials (`compress/ranges.py`). The scale is rounded to `scale_dtype` before
+    the integers are chosen, so that what is stored is what was rounded to; a group of zeros stays exactly zero.
 
     Returns the integers and the normalised squared weight error, ||w - w'||^2 / ||w||^2.
     Raises `PowertrainError` naming `name` if the weight is not a matrix, holds NaN or infinity, has rows the groups do
@@ -80,7 +81,9 @@ def rtn(
     check_group_size(name, in_features, scheme.group_size)
     weight = weight.to(torch.float32)
     groups = weight.view(out_features, -1, scheme.group_size or in_features)
-    scale, zero_point = choose_range(groups, scheme.num_bits, scheme.symmetric, observer, scale_dtype, name)
+    scale, zero_point = choose_range(
+        groups, scheme.num_bits, scheme.symmetric, observer, scale_dtype, name, shrink_steps
+    )
     values = to_integers(groups, scale, zero_point, scheme.num_bits)
     quantized = IntWeight(
         values=values.to(torch.int8).view(out_features, in_features),

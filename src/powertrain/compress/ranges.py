@@ -17,7 +17,7 @@ ERROR_POWER = 2.4
 results can be compared. It was not fitted here; above 2, the few large errors that clipping makes weigh more."""
 
 SHRINK_STEPS = 50
-"""The search tries 1, 0.99, ... 0.5 of the full range. Gaussian groups of 64 want 0.65 to 0.7 of it at 2 bits and 0.95
+"""The search tries 1, 0.99, ... 0.5 of the whole range. Gaussian groups of 64 want 0.65 to 0.7 of it at 2 bits and 0.95
 at 4; a tenth of groups with heavy tails would go below a half at 2 bits."""
 
 CHUNK_WEIGHTS = 1 << 14
@@ -35,12 +35,13 @@ def choose_range(
     observer: Observer,
     scale_dtype: torch.dtype,
     name: str,
+    shrink_steps: int = SHRINK_STEPS,
 ) -> tuple[Tensor, Tensor | None]:
     """The grid of each group: (scale, zero point), float32 [...], for `groups` float32 [..., g] that share one each.
 
     The range of `minmax` is that of the group, widened to hold zero; `mse` takes the part of it, from all down to half,
-    that leaves the least sum |w - w'|^2.4. Symmetric: the scale is its absolute maximum over (2^b - 1) / 2, and there
-    is no zero point. Asymmetric: its length over 2^b - 1, and the zero point is an integer in
+    that leaves the least sum |w - w'|^2.4 of `shrink_steps` tried. Symmetric: the scale is its absolute maximum over
+    (2^b - 1) / 2, and there is no zero point. Asymmetric: its length over 2^b - 1, and the zero point is an integer in
     [-2^(b-1), 2^(b-1) - 1]. Scales are values of `scale_dtype`, rounded to it before anything is derived from them, and
     never zero. Raises `PowertrainError` naming `name` for NaN, infinity or a scale beyond `scale_dtype`.
     """
@@ -53,11 +54,13 @@ def choose_range(
         size = groups.shape[-1]
         at_once = CHUNK_WEIGHTS if groups.device.type == "cpu" else GPU_CHUNK_WEIGHTS
         flat, step = groups.reshape(-1, size), max(1, at_once // size)
+        shares = 1.0 - 0.5 * torch.arange(shrink_steps + 1, device=groups.device).unsqueeze(1) / shrink_steps
         lows, highs, scales = low.flatten(), high.flatten(), scale.flatten()
         zeros = None if zero_point is None else zero_point.flatten()
         for start in range(0, len(flat), step):
             part = slice(start, start + step)
-            scales[part], found = _search(flat[part], lows[part], highs[part], num_bits, symmetric, scale_dtype, name)
+            ends = lows[part] * shares, highs[part] * shares
+            scales[part], found = _search(flat[part], ends, num_bits, symmetric, scale_dtype, name)
             if zeros is not None and found is not None:
                 zeros[part] = found
         scale, zero_point = scales.view_as(low), None if zeros is None else zeros.view_as(low)
@@ -86,11 +89,15 @@ def _grid(
 
 
 def _search(
-    groups: Tensor, low: Tensor, high: Tensor, num_bits: int, symmetric: bool, scale_dtype: torch.dtype, name: str
+    groups: Tensor,
+    ends: tuple[Tensor, Tensor],
+    num_bits: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+    name: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """The best grid of each of `groups` [n, g] by trial."""
-    shares = 1.0 - 0.5 * torch.arange(SHRINK_STEPS + 1, device=groups.device).unsqueeze(1) / SHRINK_STEPS
-    scales, zero_points = _grid(low * shares, high * shares, num_bits, symmetric, scale_dtype, name)
+    """The best grid of each of `groups` [n, g]; ends: of the range tried, [trials, n], the whole range first."""
+    scales, zero_points = _grid(*ends, num_bits, symmetric, scale_dtype, name)
     errors = torch.empty_like(scales)
     for trial, scale in enumerate(scales):
         zero_point = None if zero_points is None else zero_points[trial]
@@ -99,7 +106,8 @@ def _search(
         # |d|^p by logarithms, which takes less than half of the time that `pow` does; log2(0) * p comes back as 0
         torch.sum(difference.abs_().log2_().mul_(ERROR_POWER).exp2_(), dim=-1, out=errors[trial])
     # Errors are summed in steps and weighed by the step over the full range: |w|^2.4 of tiny weights is no float.
-    errors *= (scales / torch.where(high > low, high - low, 1.0)).pow_(ERROR_POWER)
+    whole = ends[1][0] - ends[0][0]
+    errors *= (scales / torch.where(whole > 0, whole, 1.0)).pow_(ERROR_POWER)
     best = errors.argmin(dim=0, keepdim=True)
     return scales.gather(0, best)[0], None if zero_points is None else zero_points.gather(0, best)[0]
 

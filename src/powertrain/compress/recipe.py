@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from powertrain.checkpoint.float_presets import FLOAT_PRESETS, FloatScheme
+from powertrain.compress import sign_rounding
 from powertrain.compress.awq import AwqStep
 from powertrain.compress.gptq import MAX_DAMPING, GptqOptions
 from powertrain.compress.model_step import ModelStep
 from powertrain.compress.ranges import OBSERVERS, Observer
 from powertrain.compress.recipe_fields import one_of, refuse_unknown_keys
 from powertrain.compress.rotation import RotateStep
+from powertrain.compress.sign_rounding import SignRoundingOptions
 from powertrain.compress.smoothquant import SmoothQuantStep
 from powertrain.types import PowertrainError, QuantScheme
 
@@ -45,7 +47,7 @@ SCHEMES: dict[str, Scheme] = {
 Theirs is 128 below 8 bits, which does not divide the rows of many small models (576 = 9 * 64); so it is 64 here.
 """
 
-METHODS = ("rtn", "gptq")
+METHODS = ("rtn", "gptq", "autoround")
 
 MODEL_STEPS: dict[str, Callable[[Mapping[str, Any], str], ModelStep]] = {
     "rotate": RotateStep.parse,
@@ -59,6 +61,7 @@ PRESETS = (*SCHEMES, *_MODEL_PRESETS)
 
 _STEP_KEYS = ("match", "ignore", "method", "scheme", "group_size", "group_size_fallback", "observer")
 _GPTQ_KEYS = ("actorder", "dampening_frac", "correction")
+_METHOD_KEYS = {"rtn": (), "gptq": _GPTQ_KEYS, "autoround": sign_rounding.KEYS}
 _RECIPE_KEYS = ("name", "steps")
 
 
@@ -75,18 +78,26 @@ class Step:
     match: tuple[str, ...]
     scheme_name: str
     scheme: Scheme
-    method: Literal["rtn", "gptq"] = "rtn"
+    method: Literal["rtn", "gptq", "autoround"] = "rtn"
     ignore: tuple[str, ...] = ()
     group_size_fallback: Literal["refuse", "nearest"] = "refuse"
     observer: Observer = "minmax"
     actorder: Literal["static", "none"] = "static"
     dampening_frac: float = 0.01
     correction: Literal["none", "asymmetric"] = "none"
+    autoround: SignRoundingOptions = field(default_factory=SignRoundingOptions)
 
     @property
     def is_calibrated(self) -> bool:
         """Whether the method looks at activations."""
         return self.method != "rtn"
+
+    @property
+    def wants_original(self) -> bool:
+        """Whether the method looks at the activations before compression too."""
+        if self.method == "autoround":
+            return self.autoround.target == "original"
+        return self.correction == "asymmetric"
 
     def gptq_options(self) -> GptqOptions:
         return GptqOptions(
@@ -110,6 +121,7 @@ class Step:
             "group_size_fallback": self.group_size_fallback,
             "observer": self.observer,
             **({key: getattr(self, key) for key in _GPTQ_KEYS} if self.method == "gptq" else {}),
+            **(self.autoround.to_dict() if self.method == "autoround" else {}),
         }
 
 
@@ -218,7 +230,7 @@ def _parse_step(value: Any, where: str) -> Step | ModelStep:
     method = one_of(value.get("method", "rtn"), (*METHODS, *MODEL_STEPS), f"{where}.method")
     if method in MODEL_STEPS:
         return MODEL_STEPS[method]({key: entry for key, entry in value.items() if key != "method"}, where)
-    refuse_unknown_keys(value, (*_STEP_KEYS, *(_GPTQ_KEYS if method == "gptq" else ())), where)
+    refuse_unknown_keys(value, (*_STEP_KEYS, *_METHOD_KEYS[method]), where)
     scheme_name = one_of(value.get("scheme"), tuple(SCHEMES), f"{where}.scheme")
     fallback = one_of(value.get("group_size_fallback", "refuse"), ("refuse", "nearest"), f"{where}.group_size_fallback")
     observer = one_of(value.get("observer", "minmax" if method == "rtn" else "mse"), OBSERVERS, f"{where}.observer")
@@ -230,6 +242,7 @@ def _parse_step(value: Any, where: str) -> Step | ModelStep:
         scheme=_scheme(scheme_name, value, where),
         group_size_fallback="nearest" if fallback == "nearest" else "refuse",
         observer=observer,  # type: ignore[arg-type]
+        autoround=SignRoundingOptions.parse(value, observer, where),  # type: ignore[arg-type]
         **_gptq_fields(value, where),
     )
 

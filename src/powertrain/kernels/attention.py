@@ -107,7 +107,7 @@ class ScaledCache(NamedTuple):
     """A layer's cache in 8 bits, each key and value of a head with its own scale: nothing to calibrate.
 
     values: int8 or float8_e4m3fn [blocks, block_size, 2 * kv_heads, d]; scales: float32 [blocks, block_size,
-    2 * kv_heads], absmax / 127 or absmax / 448.
+    2 * kv_heads], absmax / 127 or absmax / 448. In memory as `LayerCache` says, both alike.
     """
 
     values: torch.Tensor
@@ -115,7 +115,16 @@ class ScaledCache(NamedTuple):
 
 
 LayerCache: TypeAlias = torch.Tensor | ScaledCache
-"""A layer's keys and values [blocks, block_size, 2 * kv_heads, d], keys first: one copy in and one gather out."""
+"""A layer's keys and values [blocks, block_size, 2 * kv_heads, d], keys first: one copy in and one gather out.
+
+In memory either so, or with the positions of a block next to each other for each head (`by_head`): who reads one head
+then reads long runs.
+"""
+
+
+def by_head(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A cache's shape with heads before positions; a tensor of it, these two axes transposed, is a `LayerCache`."""
+    return (shape[0], shape[2], shape[1], *shape[3:])
 
 
 def entries(cache: LayerCache) -> torch.Tensor:
@@ -131,7 +140,7 @@ def largest_entry(dtype: torch.dtype) -> float:
 def _write_kv(key_value: torch.Tensor, cache: LayerCache, step: AttentionStep) -> None:
     """Store keys and values [tokens, 2 * kv_heads, d], keys first, at the step's slots of the layer's cache."""
     if not isinstance(cache, ScaledCache):
-        cache.view(-1, *key_value.shape[1:]).index_copy_(0, step.slots, key_value.to(cache.dtype))
+        _store(cache, step.slots, key_value.to(cache.dtype))
         return
     limit = largest_entry(cache.values.dtype)
     scales = key_value.float().abs().amax(-1) / limit
@@ -139,8 +148,15 @@ def _write_kv(key_value: torch.Tensor, cache: LayerCache, step: AttentionStep) -
     scaled = (key_value.float() / scales.unsqueeze(-1)).clamp_(-limit, limit)
     rounded = scaled.round_() if cache.values.dtype == torch.int8 else scaled
     stored = rounded.to(cache.values.dtype).view(torch.uint8)  # what copies by index does not know 8-bit floats
-    cache.values.view(torch.uint8).view(-1, *key_value.shape[1:]).index_copy_(0, step.slots, stored)
-    cache.scales.view(-1, key_value.shape[1]).index_copy_(0, step.slots, scales)
+    _store(cache.values.view(torch.uint8), step.slots, stored)
+    _store(cache.scales, step.slots, scales)
+
+
+def _store(cache: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
+    if cache.is_contiguous():
+        cache.view(-1, *rows.shape[1:]).index_copy_(0, slots, rows)
+    else:
+        cache[slots // cache.shape[1], slots % cache.shape[1]] = rows
 
 
 def gather(cache: LayerCache, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -14,7 +14,7 @@ from powertrain.kernels.rounding import quantize_to_float8, quantize_to_int8, si
 FLOAT8_BLOCK = 128
 """Outputs and inputs that share a scale in a matrix of blocks, and inputs of one row in its activations."""
 
-MAX_UNROUNDED_ROWS = 64
+MAX_UNROUNDED_ROWS = 32
 """W8A8 rounds its input above as many rows; below, the weights' bytes bound the product and the input stays as it is.
 """
 

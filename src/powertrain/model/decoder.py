@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from powertrain.config import KVCacheDType
-from powertrain.kernels.attention import AttentionStep, LayerCache, ScaledCache, attention_backends
+from powertrain.kernels.attention import AttentionStep, LayerCache, ScaledCache, attention_backends, by_head
 from powertrain.kernels.fused import sum_pieces
 from powertrain.kernels.op import Mode, choosing
 from powertrain.model.families import ModelConfig
@@ -20,7 +20,7 @@ from powertrain.model.weights import Dense
 
 
 class KVCache:
-    """Keys and values of every layer, in blocks: each a tensor [blocks, block_size, 2 * kv_heads, d], keys first."""
+    """Keys and values of every layer, in blocks: each a `LayerCache`, by head where a GPU reads it."""
 
     def __init__(
         self, config: ModelConfig, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
@@ -37,7 +37,7 @@ class KVCache:
 
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     if device.type != "cpu":
-        return torch.zeros(shape, device=device, dtype=dtype)
+        return torch.zeros(by_head(shape), device=device, dtype=dtype).transpose(1, 2)
     # numpy asks the system for zero pages, which take memory only once written; torch would fill them now
     num_bytes = math.prod(shape) * dtype.itemsize
     return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)

@@ -55,19 +55,25 @@ _FLOAT8_TO_BFLOAT16 = """{
     mul.rn.bf16x2 $1, second, factor;
 }"""
 _FLOAT8_IN_ORDER = tl.constexpr(_FLOAT8_TO_BFLOAT16.replace("FIRST", "0x9180").replace("SECOND", "0xB3A2"))
-_FLOAT8_BY_HALF = tl.constexpr(_FLOAT8_TO_BFLOAT16.replace("FIRST", "0xA280").replace("SECOND", "0xB391"))
-# 4 integers of 8 bits in two 16-bit elements. Behind the exponent of 128 their low 7 bits are 128 more, and their sign
-# is that exponent's lowest bit: 128 or 256 to take away
+# the low and the high bytes of two 16-bit elements, 8-bit floats each, to two float16
+_FLOAT8_BY_HALF = tl.constexpr("""{
+    .reg .b32 bytes;
+    .reg .b16 low, high;
+    prmt.b32 bytes, $2, 0, 0x3120;
+    mov.b32 {low, high}, bytes;
+    cvt.rn.f16x2.e4m3x2 $0, low;
+    cvt.rn.f16x2.e4m3x2 $1, high;
+}""")
+# the same of 8-bit integers: 128 more than they are, behind the exponent of 1024
 _INT8_BY_HALF = tl.constexpr("""{
-    .reg .b32 high, exponent, bits, offset;
-    mov.b32 exponent, 0x43004300;
-    shr.u32 high, $2, 8;
-    lop3.b32 bits, $2, 0x007F007F, exponent, 0xEA;
-    lop3.b32 offset, $2, 0x00800080, exponent, 0xEA;
-    sub.rn.bf16x2 $0, bits, offset;
-    lop3.b32 bits, high, 0x007F007F, exponent, 0xEA;
-    lop3.b32 offset, high, 0x00800080, exponent, 0xEA;
-    sub.rn.bf16x2 $1, bits, offset;
+    .reg .b32 bytes, exponent, offset;
+    mov.b32 exponent, 0x64646464;
+    mov.b32 offset, 0x64806480;
+    xor.b32 bytes, $2, 0x80808080;
+    prmt.b32 $0, bytes, exponent, 0x4240;
+    prmt.b32 $1, bytes, exponent, 0x4341;
+    sub.rn.f16x2 $0, $0, offset;
+    sub.rn.f16x2 $1, $1, offset;
 }""")
 
 
@@ -98,12 +104,12 @@ def widen_bytes(weight, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):
 @triton.jit
 def widen_pairs(pairs, stored: tl.constexpr, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):
     """The low and the high bytes of int16, 8-bit integers or floats (`stored`), as floats, exactly."""
-    if IS_COMPILED and dtype == tl.bfloat16:
+    if IS_COMPILED and dtype == tl.float16:
         return tl.inline_asm_elementwise(
             _FLOAT8_BY_HALF if stored == tl.float8e4nv else _INT8_BY_HALF,
             "=r,=r,r",
             [pairs],
-            dtype=(tl.bfloat16, tl.bfloat16),
+            dtype=(tl.float16, tl.float16),
             is_pure=True,
             pack=2,
         )

@@ -158,7 +158,11 @@ def silu_mul_rounded(gate_up: torch.Tensor, to: torch.dtype) -> tuple[torch.Tens
     return out, scale
 
 
-@triton.jit
+HEADS_AT_ONCE = 8
+"""Of a token: a program for each would take its place and go in less time than the next needs to come."""
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _norm_rope_write_kernel(
     qkv,
     cos,
@@ -173,54 +177,59 @@ def _norm_rope_write_kernel(
     NUM_KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BY_HEAD: tl.constexpr,
     HAS_NORM: tl.constexpr,
     LARGEST_ENTRY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_turn(PDL)
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token, heads = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     half: tl.constexpr = DIM // 2
     columns = tl.arange(0, HALF_BLOCK)
-    inside = columns < half
-    at = qkv + (token * (NUM_HEADS + 2 * NUM_KV_HEADS) + head) * DIM
-    first = tl.load(at + columns, inside, other=0.0)
-    second = tl.load(at + half + columns, inside, other=0.0)
+    inside = (heads < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None] & (columns < half)[None, :]
+    at = qkv + (token * (NUM_HEADS + 2 * NUM_KV_HEADS) + heads[:, None]) * DIM + columns[None, :]
+    first = tl.load(at, inside, other=0.0)
+    second = tl.load(at + half, inside, other=0.0)
     dtype = first.dtype
     low, high = first.to(tl.float32), second.to(tl.float32)
-    is_key = head >= NUM_HEADS
-    if head < NUM_HEADS + NUM_KV_HEADS:
-        if HAS_NORM:
-            inverse = tl.rsqrt((tl.sum(low * low) + tl.sum(high * high)) / DIM + eps)
-            weight = key_norm if is_key else query_norm
-            low = (low * inverse).to(dtype).to(tl.float32)
-            high = (high * inverse).to(dtype).to(tl.float32)
-            low = (low * tl.load(weight + columns, inside, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
-            high = (high * tl.load(weight + half + columns, inside, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
-        # the tables repeat the halves, and the first half of sin is negated
-        c = tl.load(cos + token * DIM + columns, inside, other=0.0).to(tl.float32)
-        s = tl.load(sin + token * DIM + half + columns, inside, other=0.0).to(tl.float32)
-        rotated = low * c - high * s
-        high = high * c + low * s
-        low = rotated
-    if is_key:
-        slot = tl.load(slots + token)
-        if slot >= 0:  # a padded row of a graph has no place
-            place = slot * (2 * NUM_KV_HEADS) + head - NUM_HEADS
-            low, high = low.to(dtype).to(tl.float32), high.to(dtype).to(tl.float32)
-            if LARGEST_ENTRY > 0.0:
-                own = tl.maximum(tl.max(tl.abs(low), 0), tl.max(tl.abs(high), 0)) / LARGEST_ENTRY
-                own = tl.where(own == 0.0, 1.0, own)
-                tl.store(scales + place, own)
-                low = tl.clamp(low / own, -LARGEST_ENTRY, LARGEST_ENTRY)
-                high = tl.clamp(high / own, -LARGEST_ENTRY, LARGEST_ENTRY)
-                if cache.dtype.element_ty == tl.int8:
-                    low, high = round_to_integer(low), round_to_integer(high)
-            to = cache + place * DIM
-            tl.store(to + columns, low.to(cache.dtype.element_ty), inside)
-            tl.store(to + half + columns, high.to(cache.dtype.element_ty), inside)
-    else:
-        tl.store(at + columns, low.to(dtype), inside)
-        tl.store(at + half + columns, high.to(dtype), inside)
+    is_query, is_value = heads < NUM_HEADS, heads >= NUM_HEADS + NUM_KV_HEADS
+    turned, high_turned = low, high
+    if HAS_NORM:
+        inverse = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / DIM + eps)[:, None]
+        turned = (turned * inverse).to(dtype).to(tl.float32)
+        high_turned = (high_turned * inverse).to(dtype).to(tl.float32)
+        norm = tl.where(is_query[:, None], query_norm + columns[None, :], key_norm + columns[None, :])
+        turned = (turned * tl.load(norm, inside, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+        high_turned = (high_turned * tl.load(norm + half, inside, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+    # the tables repeat the halves, and the first half of sin is negated
+    c = tl.load(cos + token * DIM + columns, columns < half, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + token * DIM + half + columns, columns < half, other=0.0).to(tl.float32)[None, :]
+    low = tl.where(is_value[:, None], low, turned * c - high_turned * s).to(dtype).to(tl.float32)
+    high = tl.where(is_value[:, None], high, high_turned * c + turned * s).to(dtype).to(tl.float32)
+    # keys and values are read from the cache alone
+    tl.store(at, low.to(dtype), inside & is_query[:, None])
+    tl.store(at + half, high.to(dtype), inside & is_query[:, None])
+    slot = tl.load(slots + token)
+    if slot >= 0:  # a padded row of a graph has no place
+        block, position = slot // BLOCK_SIZE * (BLOCK_SIZE * 2 * NUM_KV_HEADS), slot % BLOCK_SIZE
+        if BY_HEAD:
+            place = block + (heads - NUM_HEADS) * BLOCK_SIZE + position
+        else:
+            place = block + position * (2 * NUM_KV_HEADS) + heads - NUM_HEADS
+        mask = inside & (heads >= NUM_HEADS)[:, None]
+        if LARGEST_ENTRY > 0.0:
+            own = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1)) / LARGEST_ENTRY
+            own = tl.where(own == 0.0, 1.0, own)
+            tl.store(scales + place, own, (heads >= NUM_HEADS) & (heads < NUM_HEADS + 2 * NUM_KV_HEADS))
+            low = tl.clamp(low / own[:, None], -LARGEST_ENTRY, LARGEST_ENTRY)
+            high = tl.clamp(high / own[:, None], -LARGEST_ENTRY, LARGEST_ENTRY)
+            if cache.dtype.element_ty == tl.int8:
+                low, high = round_to_integer(low), round_to_integer(high)
+        to = cache + place[:, None] * DIM + columns[None, :]
+        tl.store(to, low.to(cache.dtype.element_ty), mask)
+        tl.store(to + half, high.to(cache.dtype.element_ty), mask)
 
 
 def rotate_and_write(
@@ -238,7 +247,7 @@ def rotate_and_write(
     num_heads = num_heads_all - 2 * num_kv_heads
     cos, sin = rope
     query_norm, key_norm = norms if norms is not None else (None, None)
-    _norm_rope_write_kernel[(num_tokens, num_heads_all)](
+    _norm_rope_write_kernel[(num_tokens, triton.cdiv(num_heads_all, HEADS_AT_ONCE))](
         qkv,
         cos,
         sin,
@@ -252,9 +261,12 @@ def rotate_and_write(
         NUM_KV_HEADS=num_kv_heads,
         DIM=dim,
         HALF_BLOCK=triton.next_power_of_2(dim // 2),
+        HEADS=HEADS_AT_ONCE,
+        BLOCK_SIZE=stored.shape[1],
+        BY_HEAD=not stored.is_contiguous(),
         HAS_NORM=norms is not None,
         LARGEST_ENTRY=largest_entry(stored.dtype) if isinstance(cache, ScaledCache) else 0.0,
-        num_warps=1,
+        num_warps=2,
         **launch_options(qkv),
     )
     return qkv[:, :num_heads]

@@ -8,8 +8,11 @@ import triton.language as tl
 
 from powertrain.kernels.gpu.launch import launch_options, wait_turn
 
+_OF_ROWS = ["slots", "context_lens", "new_blocks", "token_ids", "positions", "places"]
+"""Parts of one tensor: where they begin depends on the number of rows, for which nothing shall be compiled anew."""
 
-@triton.jit
+
+@triton.jit(do_not_specialize_on_alignment=_OF_ROWS)
 def _decode_inputs_kernel(
     slots,
     context_lens,

@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-AHEAD_BYTES = 16 * 2**20
-"""Weights that a product asks for while the kernels before it still run: a good part of the L2 cache."""
+AHEAD_BYTES = 64 * 2**10
+"""Weights that a program of a product asks for before its turn: all programs together a fifth of the L2 cache."""
+
+LINE_BYTES = tl.constexpr(128)
 
 
 @triton.jit
@@ -27,34 +29,30 @@ def wait_turn(PDL: tl.constexpr):
 
 
 @triton.jit
-def prefetch(pointers, num_bytes):
-    """Ask for `num_bytes` from each of `pointers` to be brought to the L2 cache, without waiting; multiples of 16."""
+def prefetch(pointers):
+    """Ask for the cache lines at `pointers` to be brought to the L2 cache, without waiting.
+
+    Bulk requests (`cp.async.bulk.prefetch`) are issued one by one: measured slower than none.
+    """
     tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [pointers.to(tl.int64), num_bytes + tl.zeros(pointers.shape, tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1
     )
 
 
 @triton.jit
-def prefetch_rows(rows, first, num_elements, num_bytes):
-    """`num_bytes`, a multiple of 128, of each row of `num_elements` from element `first` on; `rows` are pointers."""
-    piece = num_bytes // (rows.dtype.element_ty.primitive_bitwidth // 8) // 8
-    prefetch(rows[:, None] + tl.minimum(first + tl.arange(0, 8) * piece, num_elements - piece)[None, :], num_bytes // 8)
+def prefetch_rows(rows, first, num_elements, LINES: tl.constexpr):
+    """The first LINES cache lines of each row of `num_elements`, from element `first` on; `rows` are pointers."""
+    line: tl.constexpr = LINE_BYTES // (rows.dtype.element_ty.primitive_bitwidth // 8)
+    at = tl.maximum(tl.minimum(first + tl.arange(0, LINES) * line, num_elements - line), 0)
+    prefetch(rows[:, None] + at[None, :])
 
 
-def bytes_ahead(grid: tuple[int, int], outputs: int, row_bytes: int, device: torch.device) -> int:
-    """Of each of its `outputs` rows, what a program of a product asks for before its turn: a multiple of 128.
-
-    The grid is one of outputs and splits of the row. The programs that are first on the processors share the budget.
-    """
-    if device.type != "cuda" or not _has_dependent_launch(device) or row_bytes % 16:
+def lines_ahead(num_rows: int, device: torch.device) -> int:
+    """Of each of its `num_rows` rows, the cache lines that a program asks for before its turn; a power of two."""
+    if device.type != "cuda" or not _has_dependent_launch(device):
         return 0
-    fits = AHEAD_BYTES // (min(grid[0] * grid[1], num_processors(device)) * outputs)
-    return min(fits, row_bytes // grid[1]) // 128 * 128
+    lines: int = AHEAD_BYTES // (LINE_BYTES.value * triton.next_power_of_2(num_rows))
+    return max(1, lines)
 
 
 def num_processors(device: torch.device) -> int:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from powertrain.kernels.fused import silu_mul
-from powertrain.kernels.gpu.launch import bytes_ahead, launch_options, prefetch_rows, wait_turn
+from powertrain.kernels.gpu.launch import launch_options, lines_ahead, prefetch_rows, wait_turn
 from powertrain.kernels.gpu.quantized import matrix_product, tile_config
 from powertrain.kernels.gpu.splits import sum_splits
 from powertrain.kernels.gpu.tuned_table import measured
@@ -26,7 +26,7 @@ class SkinnyConfig(NamedTuple):
     num_stages: int
 
 
-@triton.jit(do_not_specialize=["num_rows", "ahead"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _skinny_kernel(
     x,
     weight,
@@ -35,7 +35,6 @@ def _skinny_kernel(
     out_features,
     in_features,
     x_stride,
-    ahead,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
@@ -43,6 +42,7 @@ def _skinny_kernel(
     EVEN: tl.constexpr,
     GATED: tl.constexpr,
     PRECISION: tl.constexpr,
+    LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -54,11 +54,11 @@ def _skinny_kernel(
     # outputs past the end read the last one again: no mask in the loop
     own = weight + tl.minimum(columns, out_features - 1).to(tl.int64) * in_features
     half = out_features.to(tl.int64) * in_features
-    if ahead > 0:
+    if LINES > 0:
         # the weights are older than any kernel under way: the first can come while it still runs
-        prefetch_rows(own, first, in_features, ahead)
+        prefetch_rows(own, first, in_features, LINES)
         if GATED:
-            prefetch_rows(own + half, first, in_features, ahead)
+            prefetch_rows(own + half, first, in_features, LINES)
     wait_turn(PDL)
     w_at = own[:, None] + inputs[None, :]
     x_at = x + tl.minimum(rows, num_rows - 1)[:, None] * x_stride + inputs[None, :]
@@ -137,7 +137,6 @@ def skinny_linear(
     if splits > 1:
         target = torch.empty(splits, num_rows, out_features, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(out_features, config.outputs), splits)
-    row_bytes, outputs = in_features * weight.element_size(), config.outputs * (2 if gated else 1)
     _skinny_kernel[grid](
         x,
         weight,
@@ -146,7 +145,6 @@ def skinny_linear(
         out_features,
         in_features,
         x.stride(0),
-        bytes_ahead(grid, outputs, row_bytes, x.device),
         ROWS=max(16, triton.next_power_of_2(num_rows)),
         OUTPUTS=config.outputs,
         INPUTS=config.inputs,
@@ -154,6 +152,7 @@ def skinny_linear(
         EVEN=in_features % (config.inputs * splits) == 0,
         GATED=gated,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        LINES=lines_ahead(config.outputs * (2 if gated else 1), x.device),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **launch_options(x),

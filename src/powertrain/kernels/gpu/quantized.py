@@ -20,7 +20,7 @@ from powertrain.kernels.gpu.conversions import (
     unpack_int4,
     widen_bytes,
 )
-from powertrain.kernels.gpu.launch import bytes_ahead, launch_options, prefetch, prefetch_rows, wait_turn
+from powertrain.kernels.gpu.launch import LINE_BYTES, launch_options, lines_ahead, prefetch, prefetch_rows, wait_turn
 from powertrain.kernels.gpu.rounded_matmul import rounded_linear
 from powertrain.kernels.gpu.splits import sum_splits
 from powertrain.kernels.gpu.tuned_table import measured
@@ -99,26 +99,28 @@ def _int4_part(
     PRECISION: tl.constexpr,
     IS_COMPILED: tl.constexpr,
 ):
-    """What one block of inputs adds: `values` points to bytes [outputs, half], `scale` and `zero` to one an output."""
+    """What one block of inputs adds: `values` points to bytes [outputs, half]; scale, zero: one an output."""
     packed = tl.load(values, eviction_policy="evict_first")
     low, high = unpack_int4(packed, low_x.dtype, IS_COMPILED)
     if HAS_ZERO:
-        offset = tl.load(zero).to(low_x.dtype)[:, None]
+        offset = zero.to(low_x.dtype)[:, None]
         low, high = low - offset, high - offset
     part = _add_product(low, low_x, _zeros(ROWS, packed.shape[0], SWAPS), SWAPS, PRECISION)
     part = _add_product(high, high_x, part, SWAPS, PRECISION)
-    return part * _by_output(tl.load(scale).to(tl.float32), SWAPS)
+    return part * _by_output(scale.to(tl.float32), SWAPS)
 
 
 @triton.jit
-def _prefetch_blocks(values, block, end, stride, BYTES: tl.constexpr):
-    """The 16 blocks of 4-bit weights from `block` on, of which a program's outputs are BYTES in a row."""
-    piece: tl.constexpr = min(256, BYTES)
-    blocks = tl.minimum(block + tl.arange(0, 16), end - 1)[:, None] * stride
-    prefetch(values + blocks + tl.arange(0, BYTES // piece)[None, :] * piece, piece)
+def _of_group(scale, zero, at, HAS_ZERO: tl.constexpr):
+    """The scales of a block's outputs, and the zero points or the scales again."""
+    own = tl.load(scale + at)
+    if HAS_ZERO:
+        return own, tl.load(zero + at)
+    else:
+        return own, own
 
 
-@triton.jit(do_not_specialize=["num_rows", "ahead"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _int4_kernel(
     x,
     values,
@@ -129,7 +131,6 @@ def _int4_kernel(
     out_features,
     num_blocks,
     x_stride,
-    ahead,
     HALF: tl.constexpr,
     GROUP_BLOCKS: tl.constexpr,
     HAS_ZERO: tl.constexpr,
@@ -139,6 +140,7 @@ def _int4_kernel(
     GATED: tl.constexpr,
     PRECISION: tl.constexpr,
     IS_COMPILED: tl.constexpr,
+    BLOCKS_AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -152,31 +154,37 @@ def _int4_kernel(
     all_outputs = out_features * 2 if GATED else out_features
     stride = all_outputs.to(tl.int64) * HALF
     own = values + column[:, None] * HALF
-    if ahead > 0:
+    if BLOCKS_AHEAD > 0:
         # the weights are older than any kernel under way: the first can come while it still runs
-        at = tl.minimum(tl.program_id(0) * OUTPUTS, out_features - OUTPUTS) * HALF
-        for block in range(first, tl.minimum(first + ahead // HALF, end), 16):
-            _prefetch_blocks(values + at, block, end, stride, OUTPUTS * HALF)
-            if GATED:
-                _prefetch_blocks(values + at + out_features * HALF, block, end, stride, OUTPUTS * HALF)
+        at = values + tl.minimum(tl.program_id(0) * OUTPUTS, out_features - OUTPUTS) * HALF
+        blocks = tl.minimum(first + tl.arange(0, BLOCKS_AHEAD), end - 1)[:, None] * stride
+        lines = tl.arange(0, OUTPUTS * HALF // LINE_BYTES)[None, :] * LINE_BYTES
+        prefetch(at + blocks + lines)
+        if GATED:
+            prefetch(at + out_features * HALF + blocks + lines)
     wait_turn(PDL)
     x_at = x + tl.minimum(rows, num_rows - 1)[:, None] * x_stride + half[None, :]
     acc = _zeros(ROWS, OUTPUTS, SWAPS)
     up = _zeros(ROWS, OUTPUTS, SWAPS)
+    # scales are too small for the pipeline's asynchronous copies: each turn begins with the loads of the next one's
+    at = first // GROUP_BLOCKS * all_outputs + column
+    scales, zeros = _of_group(scale, zero, at, HAS_ZERO)
+    up_scales, up_zeros = scales, zeros
+    if GATED:
+        up_scales, up_zeros = _of_group(scale, zero, at + out_features, HAS_ZERO)
     for block in range(first, end):
-        at = own + half[None, :] + block * stride
-        of_group = block // GROUP_BLOCKS * all_outputs + column
+        at = tl.minimum(block + 1, end - 1) // GROUP_BLOCKS * all_outputs + column
+        next_scales, next_zeros = _of_group(scale, zero, at, HAS_ZERO)
+        packed = own + half[None, :] + block * stride
         low_x = tl.load(x_at + block * (2 * HALF))
         high_x = tl.load(x_at + block * (2 * HALF) + HALF)
-        acc += _int4_part(
-            at, scale + of_group, zero + of_group, low_x, high_x, HAS_ZERO, ROWS, SWAPS, PRECISION, IS_COMPILED
-        )
+        acc += _int4_part(packed, scales, zeros, low_x, high_x, HAS_ZERO, ROWS, SWAPS, PRECISION, IS_COMPILED)
+        scales, zeros = next_scales, next_zeros
         if GATED:
-            at += out_features * HALF
-            of_group += out_features
-            up += _int4_part(
-                at, scale + of_group, zero + of_group, low_x, high_x, HAS_ZERO, ROWS, SWAPS, PRECISION, IS_COMPILED
-            )
+            next_scales, next_zeros = _of_group(scale, zero, at + out_features, HAS_ZERO)
+            packed += out_features * HALF
+            up += _int4_part(packed, up_scales, up_zeros, low_x, high_x, HAS_ZERO, ROWS, SWAPS, PRECISION, IS_COMPILED)
+            up_scales, up_zeros = next_scales, next_zeros
     if GATED:
         acc = _gate(acc, up, x.dtype.element_ty)
     _store(out, acc, rows, columns, num_rows, out_features, SWAPS)
@@ -205,7 +213,7 @@ def _matrix_part(
         return _add_product(weight, x, acc, SWAPS, PRECISION)
 
 
-@triton.jit(do_not_specialize=["num_rows", "ahead"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _matrix_kernel(
     x,
     values,
@@ -215,7 +223,6 @@ def _matrix_kernel(
     out_features,
     in_features,
     x_stride,
-    ahead,
     INPUTS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_BLOCKS: tl.constexpr,
@@ -225,6 +232,7 @@ def _matrix_kernel(
     GATED: tl.constexpr,
     PRECISION: tl.constexpr,
     IS_COMPILED: tl.constexpr,
+    LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -242,10 +250,10 @@ def _matrix_kernel(
     column = tl.minimum(columns, out_features - 1)
     own = values + column.to(tl.int64) * in_features
     half = out_features.to(tl.int64) * in_features
-    if ahead > 0:
-        prefetch_rows(own, first, in_features, ahead)
+    if LINES > 0:
+        prefetch_rows(own, first, in_features, LINES)
         if GATED:
-            prefetch_rows(own + half, first, in_features, ahead)
+            prefetch_rows(own + half, first, in_features, LINES)
     wait_turn(PDL)
     x_at = x + tl.minimum(rows, num_rows - 1)[:, None] * x_stride + inputs[None, :]
     acc = _zeros(ROWS, OUTPUTS, SWAPS)
@@ -338,8 +346,8 @@ def int4_product(
     out_features = all_outputs // 2 if is_gated else all_outputs
     out, target = _targets(x, out_features, config.splits)
     grid = (triton.cdiv(out_features, config.outputs), config.splits)
-    outputs = config.outputs * (2 if is_gated else 1)
-    ahead = 0 if out_features < config.outputs else bytes_ahead(grid, outputs, num_blocks * half, x.device)
+    # a program's bytes of a block lie in a row; where it has fewer outputs than that it asks for none
+    lines = lines_ahead(config.outputs * (2 if is_gated else 1), x.device) if out_features >= config.outputs else 0
     _int4_kernel[grid](
         x,
         weight.values,
@@ -350,12 +358,12 @@ def int4_product(
         out_features,
         num_blocks,
         x.stride(0),
-        ahead,
         HALF=half,
         GROUP_BLOCKS=num_blocks // weight.scale.shape[0],
         HAS_ZERO=weight.zero is not None,
         OUTPUTS=config.outputs,
         GATED=is_gated,
+        BLOCKS_AHEAD=lines * LINE_BYTES.value // half,
         **_shared_options(x, config),
     )
     return target if config.splits == 1 or keeps_pieces else sum_splits(target, out)
@@ -378,7 +386,6 @@ def matrix_product(
     out_features = values.shape[0] // 2 if is_gated else values.shape[0]
     out, target = _targets(x, out_features, config.splits)
     grid = (triton.cdiv(out_features, config.outputs), config.splits)
-    row_bytes, outputs = in_features * values.element_size(), config.outputs * (2 if is_gated else 1)
     _matrix_kernel[grid](
         x,
         values,
@@ -388,13 +395,13 @@ def matrix_product(
         out_features,
         in_features,
         x.stride(0),
-        bytes_ahead(grid, outputs, row_bytes, x.device),
         # of bytes a turn is a block of scales; wider elements would fill the shared memory with as many
         INPUTS=FLOAT8_BLOCK if values.element_size() == 1 else FLOAT8_BLOCK // 2,
         HAS_SCALE=scale is not None,
         HAS_BLOCKS=scale is not None and scale.ndim == 2,
         OUTPUTS=config.outputs,
         GATED=is_gated,
+        LINES=lines_ahead(config.outputs * (2 if is_gated else 1), x.device),
         **_shared_options(x, config),
     )
     return target if config.splits == 1 or keeps_pieces else sum_splits(target, out)

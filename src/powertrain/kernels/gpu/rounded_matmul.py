@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from powertrain.kernels.gpu.conversions import quantize_rows, scale_integers
-from powertrain.kernels.gpu.launch import bytes_ahead, launch_options, prefetch_rows, wait_turn
+from powertrain.kernels.gpu.launch import launch_options, lines_ahead, prefetch_rows, wait_turn
 from powertrain.kernels.gpu.splits import sum_splits
 from powertrain.kernels.gpu.tuned_table import measured
 from powertrain.kernels.rounding import silu_mul_rounded
@@ -82,7 +82,7 @@ def _store(out, result, rows, columns, num_rows, out_features):
     tl.store(at + rows[:, None] * out_features + columns[None, :], result.to(out.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["num_rows", "ahead"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _rounded_kernel(
     x,
     x_scale,
@@ -93,13 +93,13 @@ def _rounded_kernel(
     out_features,
     in_features,
     x_stride,
-    ahead,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     TILES: tl.constexpr,
     INPUTS: tl.constexpr,
     SWAPS: tl.constexpr,
     GATED: tl.constexpr,
+    LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # programs of the same outputs and other rows run side by side: their weights come from memory once
@@ -120,10 +120,10 @@ def _rounded_kernel(
     next_column = column + out_features if GATED else tl.minimum(columns + OUTPUTS, out_features - 1)
     own = values + column.to(tl.int64) * in_features
     next_own = values + next_column.to(tl.int64) * in_features
-    if ahead > 0:
-        prefetch_rows(own, first, in_features, ahead)
+    if LINES > 0:
+        prefetch_rows(own, first, in_features, LINES)
         if TILES == 2:
-            prefetch_rows(next_own, first, in_features, ahead)
+            prefetch_rows(next_own, first, in_features, LINES)
     wait_turn(PDL)
     x_at = x + row[:, None] * x_stride + inputs[None, :]
     acc = _zeros(x.dtype.element_ty, ROWS, OUTPUTS, SWAPS)
@@ -178,13 +178,13 @@ def rounded_product(
         out_features,
         in_features,
         x.stride(0),
-        bytes_ahead(grid, config.outputs * config.tiles, in_features, x.device),
         ROWS=tile_rows,
         OUTPUTS=config.outputs,
         TILES=config.tiles,
         INPUTS=config.inputs,
         SWAPS=config.swaps,
         GATED=is_gated,
+        LINES=lines_ahead(config.outputs * config.tiles, x.device),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **launch_options(x),

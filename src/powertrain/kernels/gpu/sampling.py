@@ -46,6 +46,11 @@ class Seen(NamedTuple):
     slots: torch.Tensor
 
 
+_PENALTIES = ["slots", "repetition", "presence", "frequency"]
+"""Parts of a step's tensors, as are other numbers of each row: where they begin depends on the number of rows, for
+which nothing shall be compiled anew."""
+
+
 @triton.jit
 def _order(value):
     """Integers that order as the floats do."""
@@ -76,7 +81,7 @@ def _load(logits, columns, num_logits, counts, factor, once, each, has_penalties
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_PENALTIES)
 def _largest_kernel(
     logits,
     counts,
@@ -119,7 +124,7 @@ def _measure(at, num_logits, key, top, inverse, own, factor, once, each, has, BL
     return tl.sum(count, 0), tl.sum(mass, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=[*_PENALTIES, "temperature", "top_p", "min_p", "top_k"])
 def _threshold_kernel(
     logits,
     counts,
@@ -185,7 +190,7 @@ def _threshold_kernel(
     tl.store(top_of_row + row, tl.where(is_bad, float("nan"), top))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=[*_PENALTIES, "temperature", "masses"])
 def _mass_kernel(
     logits,
     counts,
@@ -214,7 +219,7 @@ def _mass_kernel(
         tl.store(masses + row * tl.num_programs(1) + block, tl.sum(weight, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=[*_PENALTIES, "temperature", "uniform", "masses"])
 def _draw_kernel(
     logits,
     counts,

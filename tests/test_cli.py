@@ -69,6 +69,7 @@ def test_sampling_flags_are_sampling_parameters(verb: Callable[..., None]) -> No
     [
         cli.compress,
         cli.evaluate,
+        cli.export,
         cli.bench_kernels,
         cli.bench_engine,
         cli.bench_serve,
@@ -125,6 +126,7 @@ def test_keys_come_from_the_environment_too(run: Run, monkeypatch: pytest.Monkey
         (["bench", "serve", "nonsense", "--num-requests", "1"], "no server at nonsense"),
         (["compress", ".", "out", "--recipe", "r.yaml", "--group-size", "32"], "--group-size goes with a preset"),
         (["compress", ".", "out", "--recipe", "nope"], "nope"),
+        (["export", "no-such-model", "x.gguf", "--type", "q4_0"], "no-such-model"),
         (["route", "--replica", "localhost:8000"], "give a full address"),
         (["route", "--replica", "http://a", "--replica", "http://a"], "twice"),
     ],
@@ -244,6 +246,19 @@ def test_compress_evaluate_and_roofline_on_a_real_model(run: Run, stories260k_di
     assert dry[0] == 0
     assert "self_attn.q_proj" in dry[1]
     assert not (tmp_path / "none").exists()
+
+
+def test_export_writes_a_file_and_a_folder(run: Run, stories260k_dir: Path, tmp_path: Path) -> None:
+    file, folder, made = tmp_path / "m.gguf", tmp_path / "plain", tmp_path / "made.json"
+    status, text, err = run("export", str(stories260k_dir), str(file), "--type", "Q4_K", "--json", str(made))
+    assert status == 0, err
+    assert "30 Q5_0" in text
+    assert "Q5_0 for Q4_K in rows of 64, which blocks do not divide" in text
+    assert "F16 for Q4_K in rows of 172" in text
+    assert json.loads(made.read_text())["types"] == {"Q5_0": 30, "F16": 5, "Q8_0": 1}
+    assert run("export", str(file), str(folder), "--type", "bf16")[0] == 0
+    assert (folder / "model.safetensors").is_file()
+    assert "q4_0 is for a .gguf file" in run("export", str(file), str(tmp_path / "no"), "--type", "q4_0")[2]
 
 
 @pytest.mark.parametrize("is_qualified", [True, False])

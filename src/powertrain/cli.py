@@ -12,6 +12,7 @@ import typer
 
 from powertrain import __version__
 from powertrain.cli_evaluate import evaluate
+from powertrain.cli_export import export
 from powertrain.cli_options import (
     Device,
     DType,
@@ -286,6 +287,7 @@ def compress(
 
 
 app.command()(evaluate)
+app.command()(export)
 
 
 @bench.command("kernels")

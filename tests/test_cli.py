@@ -69,6 +69,7 @@ def test_sampling_flags_are_sampling_parameters(verb: Callable[..., None]) -> No
     [
         cli.compress,
         cli.evaluate,
+        cli.export,
         cli.bench_kernels,
         cli.bench_engine,
         cli.bench_serve,
@@ -125,6 +126,7 @@ def test_keys_come_from_the_environment_too(run: Run, monkeypatch: pytest.Monkey
         (["bench", "serve", "nonsense", "--num-requests", "1"], "no server at nonsense"),
         (["compress", ".", "out", "--recipe", "r.yaml", "--group-size", "32"], "--group-size goes with a preset"),
         (["compress", ".", "out", "--recipe", "nope"], "nope"),
+        (["export", "no-such-model", "x.gguf", "--type", "q4_0"], "no-such-model"),
         (["route", "--replica", "localhost:8000"], "give a full address"),
         (["route", "--replica", "http://a", "--replica", "http://a"], "twice"),
     ],
@@ -263,6 +265,19 @@ def test_compress_rotates_a_twin_and_scales_before_it_rounds(run: Run, stories26
     assert status == 0, err
     steps = json.loads((tmp_path / "awq" / "powertrain.json").read_text())["recipe"]["steps"]
     assert [step["method"] for step in steps] == ["awq", "rtn"]
+
+
+def test_export_writes_a_file_and_a_folder(run: Run, stories260k_dir: Path, tmp_path: Path) -> None:
+    file, folder, made = tmp_path / "m.gguf", tmp_path / "plain", tmp_path / "made.json"
+    status, text, err = run("export", str(stories260k_dir), str(file), "--type", "Q4_K", "--json", str(made))
+    assert status == 0, err
+    assert "30 Q5_0" in text
+    assert "Q5_0 for Q4_K in rows of 64, which blocks do not divide" in text
+    assert "F16 for Q4_K in rows of 172" in text
+    assert json.loads(made.read_text())["types"] == {"Q5_0": 30, "F16": 5, "Q8_0": 1}
+    assert run("export", str(file), str(folder), "--type", "bf16")[0] == 0
+    assert (folder / "model.safetensors").is_file()
+    assert "q4_0 is for a .gguf file" in run("export", str(file), str(tmp_path / "no"), "--type", "q4_0")[2]
 
 
 @pytest.mark.parametrize("is_qualified", [True, False])

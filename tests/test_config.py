@@ -50,7 +50,7 @@ def test_device_dtype_and_kernels(options: dict[str, Any], has_cuda: bool, settl
         ({"kernels": "reference", "deterministic": True}, False, "--deterministic needs the native kernels"),
         ({"dtype": "float32", "deterministic": True}, False, "--deterministic needs the native kernels"),
         ({"kernels": "fast"}, False, "kernels must be one of auto, native, triton, reference"),
-        ({"kv_cache_dtype": "int4"}, False, "kv_cache_dtype must be one of auto, float32, float16, int8, fp8"),
+        ({"kv_cache_dtype": "int3"}, False, "kv_cache_dtype must be one of auto, float32, float16, int8, fp8, int4"),
         ({"threads": 0}, False, "threads must be at least 1"),
         ({"gpu_memory_utilization": 1.5}, False, "gpu_memory_utilization must be in"),
     ],

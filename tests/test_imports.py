@@ -19,7 +19,7 @@ BASE = {"types", "config"}
 MODEL = BASE | {"kernels", "model"}
 CHECKPOINT = MODEL | TOKENIZER | {"checkpoint"}
 FACES = CHECKPOINT | {"engine", "llm", "outputs", "serve"}
-COMMAND_LINE = {"cli", "cli_budget", "cli_distill", "cli_evaluate", "cli_options", "cli_output"}
+COMMAND_LINE = {"cli", "cli_budget", "cli_distill", "cli_evaluate", "cli_export", "cli_options", "cli_output"}
 EVERYTHING = FACES | {"compress", "distill", "measure", "optimize", "text_data"} | COMMAND_LINE
 
 MAY_IMPORT = {
@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "cli_budget": EVERYTHING,
     "cli_distill": EVERYTHING,
     "cli_evaluate": EVERYTHING,
+    "cli_export": EVERYTHING,
     "__main__": {"cli"},
     "__init__": EVERYTHING,
 }

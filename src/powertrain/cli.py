@@ -14,6 +14,7 @@ from powertrain import __version__
 from powertrain.cli_budget import budget
 from powertrain.cli_distill import distill
 from powertrain.cli_evaluate import evaluate
+from powertrain.cli_export import export
 from powertrain.cli_options import (
     Device,
     DType,
@@ -295,6 +296,7 @@ def compress(
 app.command()(budget)
 app.command()(distill)
 app.command()(evaluate)
+app.command()(export)
 
 
 @bench.command("kernels")

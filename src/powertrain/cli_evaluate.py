@@ -67,6 +67,9 @@ def evaluate(
             rich_help_panel=_GATES,
         ),
     ] = None,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="Score text that the candidate was calibrated on all the same.")
+    ] = False,
     json: JsonFile = None,
 ) -> None:
     """How far a model is from another: KL divergence, agreement, perplexity, tasks, with 95 % intervals."""
@@ -100,9 +103,12 @@ def evaluate(
             kernels=kernels,
             kv_cache_dtype=kv_cache_dtype,
             seed=seed,
+            allows_overlap=allow_overlap,
             progress=progress,
         )
     print(found.text())
+    for overlap in found.overlaps:
+        say(f"warning: {overlap}")
     if found.evaluation is not None:
         tokens, windows = found.evaluation.num_tokens, found.evaluation.num_windows
         say(f"{tokens:,} tokens in {windows} windows; intervals are 95 %")

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from powertrain.types import PowertrainError
 
-KVCacheDType = Literal["auto", "float32", "float16", "int8", "fp8"]
+KVCacheDType = Literal["auto", "float32", "float16", "int8", "fp8", "int4"]
 Kernels = Literal["auto", "native", "triton", "reference"]
 
 NATIVE_BLOCK_SIZE = 16
@@ -22,6 +22,7 @@ class CacheConfig:
     """The paged KV cache. `num_blocks` None sizes the pool from memory (`kv_cache_memory_bytes` if given).
 
     `kv_cache_dtype` auto is float16 on the native kernels and the compute type elsewhere; only the native have no fp8.
+    int4 is a study of accuracy on the reference path: what it keeps are rounded floats.
     """
 
     block_size: int = 16
@@ -126,6 +127,10 @@ def resolve(config: EngineConfig, *, has_cuda: bool, model_dtype: str) -> Engine
     if config.cache.kv_cache_dtype == "fp8" and device == "cpu" and kernels != "reference":
         raise PowertrainError(
             "--kv-cache-dtype fp8 runs on a GPU or with --kernels reference; int8 is as small and runs here"
+        )
+    if config.cache.kv_cache_dtype == "int4" and kernels != "reference":
+        raise PowertrainError(
+            "--kv-cache-dtype int4 is a study of accuracy for `evaluate --kernels reference`; int8 saves memory"
         )
     if config.deterministic and kernels == "reference":
         raise PowertrainError(

@@ -114,6 +114,30 @@ def _q6_k(blocks: Tensor) -> Tensor:
     return (scales.unsqueeze(-1) * values).flatten(1)
 
 
+def _pairs_of_bits(packed: Tensor) -> Tensor:
+    """uint8 [n, 64], two halves of 32 bytes -> uint8 [n, 256] of 0 to 3: a byte holds one of four runs of 32."""
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8).view(1, 1, 4, 1)
+    return ((packed.reshape(-1, 2, 1, 32) >> shifts) & 3).flatten(1)
+
+
+def _q2_k(blocks: Tensor) -> Tensor:
+    scales, minima = (blocks[:, :16] & 15).float(), (blocks[:, :16] >> 4).float()
+    values = _pairs_of_bits(blocks[:, 16:80]).view(-1, 16, 16).float()
+    scale = (_half(blocks, 80) * scales).unsqueeze(-1)
+    return (scale * values - (_half(blocks, 82) * minima).unsqueeze(-1)).flatten(1)
+
+
+def _q3_k(blocks: Tensor) -> Tensor:
+    # bit i of the first 32 bytes is the third bit of the weights of run i of 32; values are stored plus 4
+    shifts = torch.arange(8, dtype=torch.uint8).view(1, 8, 1)
+    high = (((blocks[:, 0:32].unsqueeze(1) >> shifts) & 1) << 2).flatten(1)
+    values = (_pairs_of_bits(blocks[:, 32:96]) | high).view(-1, 16, 16).float() - 4
+    low = _nibbles(blocks[:, 96:104])
+    top = ((blocks[:, 104:108].unsqueeze(1) >> torch.arange(0, 8, 2, dtype=torch.uint8).view(1, 4, 1)) & 3).flatten(1)
+    scales = (low | (top << 4)).float() - 32
+    return ((_half(blocks, 108) * scales).unsqueeze(-1) * values).flatten(1)
+
+
 def _as(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return lambda blocks: blocks.contiguous().view(dtype).float()
 
@@ -127,6 +151,8 @@ BLOCKS: dict[str, tuple[int, int, Callable[[Tensor], Tensor]]] = {
     "Q5_0": (22, 32, _q5_0),
     "Q5_1": (24, 32, _q5_1),
     "Q8_0": (34, 32, _q8_0),
+    "Q2_K": (84, 256, _q2_k),
+    "Q3_K": (110, 256, _q3_k),
     "Q4_K": (144, 256, _q4_k),
     "Q5_K": (176, 256, _q5_k),
     "Q6_K": (210, 256, _q6_k),

@@ -7,6 +7,7 @@ scores; `NgramFilter` remembers enough of it to tell.
 from __future__ import annotations
 
 import hashlib
+import io
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +19,16 @@ import torch
 from powertrain.checkpoint.source import Checkpoint
 from powertrain.checkpoint.tokenizer_files import load_tokenizer
 from powertrain.text_data import encode_texts, read_texts
-from powertrain.types import PowertrainError
+from powertrain.types import ModelFileError, PowertrainError
 
 NUM_SAMPLES, LENGTH = 128, 512
 
 NGRAM = 13
 """Tokens in a row that two texts do not share by chance (Brown et al. 2020, arXiv 2005.14165, appendix C)."""
+
+NGRAM_FILE = "calibration_ngrams.npy"
+MAX_HASHES = 1 << 17
+"""A mebibyte, and all of 256 windows of 512 tokens."""
 
 CalibrationData = str | Path | Sequence[str | Path] | Sequence[Sequence[int]]
 """A file of text or JSON lines, several to be mixed in equal parts, or sequences of token ids."""
@@ -93,15 +98,50 @@ def _windows(runs: Sequence[Sequence[int]], num: int, length: int, source: rando
 
 
 class NgramFilter:
-    """Which 13-grams a text holds, as 64-bit hashes; a false alarm needs an equal hash, one in 10^13 for a book."""
+    """Which 13-grams a text holds, as 64-bit hashes; a false alarm needs an equal hash, one in 10^13 for a book.
+
+    Of a text with more than `MAX_HASHES` the lowest are kept, an even sample.
+    """
 
     def __init__(self, sequences: Sequence[Sequence[int]] | torch.Tensor) -> None:
-        self.hashes = np.unique(np.concatenate([_ngram_hashes(np.asarray(ids)) for ids in sequences]))
+        found = np.unique(_hashes_of(sequences))
+        self.hashes = found[:MAX_HASHES]
 
     def num_shared(self, sequences: Sequence[Sequence[int]]) -> int:
-        """How many of the 13-grams of other sequences are in this text."""
-        found = [np.isin(_ngram_hashes(np.asarray(ids)), self.hashes).sum() for ids in sequences]
-        return int(sum(found))
+        """How many of the 13-grams of other sequences are in this text, as far as its hashes were kept."""
+        return int(np.isin(_hashes_of(sequences), self.hashes).sum())
+
+    def files(self) -> dict[str, bytes | str]:
+        """The hashes as a file of a compressed folder: the text itself cannot be told from them."""
+        content = io.BytesIO()
+        np.save(content, self.hashes.astype("<u8"), allow_pickle=False)
+        return {NGRAM_FILE: content.getvalue()}
+
+    @classmethod
+    def of_folder(cls, folder: str | Path) -> NgramFilter | None:
+        """What `files` put into a compressed folder; None where it holds none. Raises `ModelFileError` if damaged."""
+        file = Path(folder) / NGRAM_FILE
+        if not file.is_file():
+            return None
+        try:
+            hashes = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ModelFileError(f"{file}: not readable: {error}") from None
+        if hashes.dtype != np.uint64 or hashes.ndim != 1 or len(hashes) > MAX_HASHES:
+            raise ModelFileError(f"{file}: holds no hashes of runs of {NGRAM} tokens")
+        made = cls([])
+        made.hashes = hashes
+        return made
+
+
+def ngram_files(calibration: CalibrationSet | None) -> dict[str, bytes | str]:
+    """What a compressed folder keeps of its calibration text, so that no evaluation scores it by mistake."""
+    return {} if calibration is None else NgramFilter(calibration.token_ids).files()
+
+
+def _hashes_of(sequences: Sequence[Sequence[int]] | torch.Tensor) -> np.ndarray:
+    parts = [_ngram_hashes(np.asarray(ids, dtype=np.int64)) for ids in sequences]
+    return np.concatenate([np.empty(0, dtype=np.uint64), *parts])
 
 
 def _ngram_hashes(token_ids: np.ndarray) -> np.ndarray:

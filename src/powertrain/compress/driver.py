@@ -17,7 +17,14 @@ from powertrain.checkpoint.hub import resolve_model
 from powertrain.checkpoint.safetensors_folder import write_checkpoint
 from powertrain.checkpoint.source import Checkpoint, open_checkpoint
 from powertrain.compress.blockwise import CalibratedWalk, block_of, names_by_block
-from powertrain.compress.calibrate import LENGTH, NUM_SAMPLES, CalibrationData, CalibrationSet, calibration_set
+from powertrain.compress.calibrate import (
+    LENGTH,
+    NUM_SAMPLES,
+    CalibrationData,
+    CalibrationSet,
+    calibration_set,
+    ngram_files,
+)
 from powertrain.compress.floats import to_preset
 from powertrain.compress.gptq import Moments, gptq
 from powertrain.compress.leak import Grid, describe_leaks, find_grid
@@ -85,7 +92,7 @@ def compress(
     )
     changed = apply_steps(checkpoint, parsed.model_steps, context)
     writer = _Writer(changed, plan, samples, place, progress, seed)
-    extra_files: dict[str, bytes | str] = _text_files(checkpoint)
+    extra_files: dict[str, bytes | str] = _text_files(checkpoint) | ngram_files(samples)
     reports: list[CompressionReport] = []
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:

@@ -114,7 +114,21 @@ class ScaledCache(NamedTuple):
     scales: torch.Tensor
 
 
-LayerCache: TypeAlias = torch.Tensor | ScaledCache
+class RoundedCache(NamedTuple):
+    """A layer's cache whose full blocks hold only what 4 bits can: a study of accuracy, which saves no memory.
+
+    values: float [blocks, block_size, 2 * kv_heads, d]. Once the last slot of a block is written, its keys are rounded
+    per channel over the block's tokens and its values per token over groups of `VALUE_GROUP` channels, as KIVI does
+    (Liu et al. 2024, arXiv 2402.02750); the newest tokens, in a block that is not full, stay as they are. Stored for
+    good it would take 4 bits and, of two float16 for each group, 32 / block_size more for keys and 1 for values.
+    """
+
+    values: torch.Tensor
+
+
+VALUE_GROUP = 32
+
+LayerCache: TypeAlias = torch.Tensor | ScaledCache | RoundedCache
 """A layer's keys and values [blocks, block_size, 2 * kv_heads, d], keys first: one copy in and one gather out.
 
 In memory either so, or with the positions of a block next to each other for each head (`by_head`): who reads one head
@@ -129,7 +143,7 @@ def by_head(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def entries(cache: LayerCache) -> torch.Tensor:
     """What the cache stores, without scales."""
-    return cache.values if isinstance(cache, ScaledCache) else cache
+    return cache if isinstance(cache, torch.Tensor) else cache.values
 
 
 def largest_entry(dtype: torch.dtype) -> float:
@@ -140,15 +154,18 @@ def largest_entry(dtype: torch.dtype) -> float:
 def _write_kv(key_value: torch.Tensor, cache: LayerCache, step: AttentionStep) -> None:
     """Store keys and values [tokens, 2 * kv_heads, d], keys first, at the step's slots of the layer's cache."""
     if not isinstance(cache, ScaledCache):
-        _store(cache, step.slots, key_value.to(cache.dtype))
+        stored = entries(cache)
+        _store(stored, step.slots, key_value.to(stored.dtype))
+        if isinstance(cache, RoundedCache):
+            _round_full_blocks(stored, step.slots)
         return
     limit = largest_entry(cache.values.dtype)
     scales = key_value.float().abs().amax(-1) / limit
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)
     scaled = (key_value.float() / scales.unsqueeze(-1)).clamp_(-limit, limit)
     rounded = scaled.round_() if cache.values.dtype == torch.int8 else scaled
-    stored = rounded.to(cache.values.dtype).view(torch.uint8)  # what copies by index does not know 8-bit floats
-    _store(cache.values.view(torch.uint8), step.slots, stored)
+    codes = rounded.to(cache.values.dtype).view(torch.uint8)  # what copies by index does not know 8-bit floats
+    _store(cache.values.view(torch.uint8), step.slots, codes)
     _store(cache.scales, step.slots, scales)
 
 
@@ -159,13 +176,35 @@ def _store(cache: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None
         cache[slots // cache.shape[1], slots % cache.shape[1]] = rows
 
 
+def _round_full_blocks(stored: torch.Tensor, slots: torch.Tensor) -> None:
+    """Round the blocks [block_size, 2 * kv_heads, d] whose last slot is among those just written."""
+    block_size, head_dim = stored.shape[1], stored.shape[3]
+    full = slots[slots % block_size == block_size - 1] // block_size
+    if not len(full):
+        return
+    keys, values = stored.index_select(0, full).chunk(2, dim=2)
+    size = VALUE_GROUP if head_dim % VALUE_GROUP == 0 else head_dim
+    rounded_keys = round_to_4_bits(keys, dim=1)
+    rounded_values = round_to_4_bits(values.reshape(*values.shape[:3], -1, size), dim=-1).flatten(-2)
+    stored.index_copy_(0, full, torch.cat((rounded_keys, rounded_values), dim=2))
+
+
+def round_to_4_bits(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """x with each run along `dim` on a grid of 16 steps over its range, whose scale and minimum are float16."""
+    wide = x.float()
+    low = wide.amin(dim, keepdim=True).half().float()
+    scale = ((wide.amax(dim, keepdim=True) - low) / 15).half().float()
+    codes = torch.where(scale == 0, 0, (wide - low) / scale).round_().clamp_(0, 15)
+    return (codes * scale + low).to(x.dtype)
+
+
 def gather(cache: LayerCache, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Keys and values of whole blocks, [blocks * block_size, 2 * kv_heads, d] in `dtype`.
 
     index_select copies whole blocks; indexing with the table itself is several times slower on a CPU.
     """
     if not isinstance(cache, ScaledCache):
-        return cache.index_select(0, blocks).flatten(0, 1).to(dtype)
+        return entries(cache).index_select(0, blocks).flatten(0, 1).to(dtype)
     values = cache.values.view(torch.uint8).index_select(0, blocks).view(cache.values.dtype)
     scaled = values.float() * cache.scales.index_select(0, blocks).unsqueeze(-1)
     return scaled.flatten(0, 1).to(dtype)

@@ -10,7 +10,9 @@ from typing import Any
 from powertrain.measure import agreement as greedy
 from powertrain.measure.evaluate import DEFAULT_NUM_TOKENS, DEFAULT_WINDOW, Evaluation, Reference
 from powertrain.measure.gates import Gate, Verdict, check_gates_can_be_held, hold
-from powertrain.measure.scoring import SELF, Data, Progress, read_model
+from powertrain.measure.overlap import Overlap, find_overlap, refuse_overlaps, scored_parts, task_parts
+from powertrain.measure.scoring import SELF, Data, Progress, data_name, read_model
+from powertrain.measure.task_data import read_tasks
 from powertrain.measure.tasks import Score, TaskEvaluation, TaskResult, evaluate_tasks
 from powertrain.types import PowertrainError
 
@@ -22,12 +24,16 @@ _SHOWN = ("kl_mean", "kl_p50", "kl_p99", "top1_agreement", "ppl_reference", "ppl
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """What was asked for; the rest is None. `verdicts` are of the gates."""
+    """What was asked for; the rest is None. `verdicts` are of the gates.
+
+    `overlaps`: calibration text that was scored, since that was allowed.
+    """
 
     evaluation: Evaluation | None
     tasks: TaskEvaluation | None
     agreement: greedy.Agreement | None
     verdicts: Sequence[Verdict]
+    overlaps: Sequence[Overlap] = ()
 
     @property
     def is_passed(self) -> bool:
@@ -42,6 +48,8 @@ class Judgement:
             record["tasks_run"] = {name: whole[name] for name in ("settings", "num_resumed", "seconds")}
         if self.agreement is not None:
             record["agreement"] = self.agreement.to_dict()
+        if self.overlaps:
+            record["overlaps"] = [overlap.to_dict() for overlap in self.overlaps]
         if self.verdicts:
             record["gates"] = [verdict.to_dict() for verdict in self.verdicts]
         return record
@@ -86,10 +94,12 @@ def judge(
     kernels: str = "auto",
     kv_cache_dtype: str = "auto",
     seed: int = 0,
+    allows_overlap: bool = False,
     progress: Progress | None = None,
 ) -> Judgement:
     """Compare on text as `evaluate` (unless `data` is "none"), on tasks as `evaluate_tasks`, on greedy text of the file
-    `agreement`; hold the gates. Raises what these raise, and `PowertrainError` for a gate on what is not measured.
+    `agreement`; hold the gates. Raises what these raise, and `PowertrainError` for a gate on what is not measured, or
+    for text or items that share runs of 13 tokens with a model's calibration, unless `allows_overlap`.
     """
     has_data = str(data) != NONE
     if not has_data and not tasks and agreement is None:
@@ -98,8 +108,14 @@ def judge(
     theirs = read_model(reference, device=device, dtype="float32")
     ours = read_model(candidate, device=device, dtype=dtype, kernels=kernels, kv_cache_dtype=kv_cache_dtype)
     evaluation = answered = written = None
+    models, overlaps = (ours, theirs), []
+    for task in read_tasks(tasks):
+        overlaps += find_overlap(task.name, task_parts(task.first_by_hash(limit), theirs, separator), models)
+    refuse_overlaps(overlaps, allows_overlap)
     if has_data:
         against = Reference(theirs, data=data, num_tokens=num_tokens, window=window, seed=seed, progress=progress)
+        overlaps += find_overlap(data_name(data), scored_parts(against.windows), models)
+        refuse_overlaps(overlaps, allows_overlap)
         evaluation = against.compare(ours, chunk=chunk, progress=progress)
     if tasks:
         answered = evaluate_tasks(
@@ -108,7 +124,7 @@ def judge(
     if agreement is not None:
         written = greedy.agreement(ours, theirs, agreement, num_prompts=num_prompts, progress=progress)
     verdicts = hold(gates, evaluation, () if answered is None else answered.tasks)
-    return Judgement(evaluation=evaluation, tasks=answered, agreement=written, verdicts=verdicts)
+    return Judgement(evaluation=evaluation, tasks=answered, agreement=written, verdicts=verdicts, overlaps=overlaps)
 
 
 def evaluation_text(found: Evaluation) -> str:

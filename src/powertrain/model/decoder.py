@@ -11,7 +11,14 @@ import numpy as np
 import torch
 
 from powertrain.config import KVCacheDType
-from powertrain.kernels.attention import AttentionStep, LayerCache, ScaledCache, attention_backends, by_head
+from powertrain.kernels.attention import (
+    AttentionStep,
+    LayerCache,
+    RoundedCache,
+    ScaledCache,
+    attention_backends,
+    by_head,
+)
 from powertrain.kernels.fused import sum_pieces
 from powertrain.kernels.op import Mode, choosing
 from powertrain.model.families import ModelConfig
@@ -23,16 +30,29 @@ class KVCache:
     """Keys and values of every layer, in blocks: each a `LayerCache`, by head where a GPU reads it."""
 
     def __init__(
-        self, config: ModelConfig, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        is_rounded: bool = False,
     ) -> None:
-        """Zeros, since a masked position still meets 0 * value. A type of 8 bits has scales beside it."""
+        """Zeros, since a masked position still meets 0 * value. A type of 8 bits has scales beside it.
+
+        `is_rounded`: floats that are rounded to what 4 bits hold.
+        """
         shape = (num_blocks, block_size, 2 * config.num_kv_heads, config.head_dim)
         self.block_size = block_size
         self.layers: list[LayerCache] = []
         for _ in range(config.num_layers):
             values = _zeros(shape, device, dtype)
-            has_scales = dtype.itemsize == 1
-            self.layers.append(ScaledCache(values, _zeros(shape[:3], device, torch.float32)) if has_scales else values)
+            if is_rounded:
+                self.layers.append(RoundedCache(values))
+            elif dtype.itemsize == 1:
+                self.layers.append(ScaledCache(values, _zeros(shape[:3], device, torch.float32)))
+            else:
+                self.layers.append(values)
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -131,11 +151,14 @@ class Decoder:
 
     def new_cache(self, num_blocks: int, block_size: int) -> KVCache:
         """An empty paged cache that `forward` takes."""
-        return KVCache(self.config, num_blocks, block_size, self.device, self._cache_dtype())
+        is_rounded = self.kv_cache_dtype == "int4"
+        return KVCache(self.config, num_blocks, block_size, self.device, self._cache_dtype(), is_rounded)
 
     def _cache_dtype(self) -> torch.dtype:
         if self.kv_cache_dtype == "fp8":
             return torch.float8_e4m3fn
+        if self.kv_cache_dtype == "int4":
+            return self.dtype
         dtype: torch.dtype = getattr(torch, self.kv_cache_dtype)
         return dtype
 
@@ -146,7 +169,7 @@ class Decoder:
         Runs the engine's own path in chunks of `chunk` tokens; a small chunk takes the products for few rows.
         """
         num_tokens = token_ids.shape[0]
-        block_size = 16
+        block_size = 32 if self.kv_cache_dtype == "int4" else 16  # 32 keys share a scale, as published
         cache = self.new_cache(-(-num_tokens // block_size), block_size)
         token_ids = token_ids.to(self.device)
         parts = []

@@ -71,6 +71,10 @@ RECIPES: dict[str, list[Step]] = {
     "W2 g64 asymmetric rtn mse": [step("W2A16_ASYM", 64, **MSE)],
     "W2 g64 asymmetric autoround": [step("W2A16_ASYM", 64, **LEARNED)],
     "FP8": [{"match": "Linear", "scheme": "FP8_DYNAMIC"}],
+    **{
+        f"{name} gptq": [{"match": "Linear", "scheme": scheme, **GPTQ}]
+        for name, scheme in (("FP8", "FP8_DYNAMIC"), ("NVFP4", "NVFP4A16"), ("MXFP4", "MXFP4A16"))
+    },
     "NVFP4": [{"match": "Linear", "scheme": "NVFP4A16"}],
     "NVFP4 mse": [{"match": "Linear", "scheme": "NVFP4A16", **MSE}],
     "MXFP4": [{"match": "Linear", "scheme": "MXFP4A16"}],

@@ -89,6 +89,15 @@ def test_a_model_is_nearer_to_its_source_than_by_rounding_to_nearest(
     assert manifest["recipe"]["steps"][0]["correction"] == options.get("correction", "none")
 
 
+def test_so_is_one_of_4_bit_floats(tiny_model_dir: TinyModel, tmp_path: Path) -> None:
+    path, step = tiny_model_dir("llama3"), {"match": "Linear", "scheme": "MXFP4A16", "observer": "mse"}
+    compress(path, tmp_path / "rtn", {"steps": [step]}, dtype="float32")
+    recipe = {"steps": [{**step, "method": "gptq"}]}
+    compress(path, tmp_path / "gptq", recipe, calibration=text(48, 64, 1), length=64, dtype="float32")
+    held_out = text(4, 64, 2)
+    assert divergence(tmp_path / "gptq", path, held_out) < 0.9 * divergence(tmp_path / "rtn", path, held_out)
+
+
 def divergence(candidate: Path, reference: Path, sequences: list[list[int]]) -> float:
     models = [load_model(open_checkpoint(path), "cpu", torch.float32) for path in (reference, candidate)]
     total = 0.0

@@ -71,7 +71,7 @@ def test_matrices_of_one_product_share_their_divisor(tiny_model_dir: TinyModel, 
     ("step", "message"),
     [
         ({"scheme": "FP8_DYNAMIC", "group_size": 64}, r"steps\[0\].group_size: FP8_DYNAMIC has groups of its own"),
-        ({"scheme": "NVFP4A16", "method": "gptq"}, r"steps\[0\].method: gptq rounds to integers, NVFP4A16 has floats"),
+        ({"scheme": "NVFP4A16", "method": "autoround"}, r"method: autoround rounds to integers, NVFP4A16 has floats"),
     ],
 )
 def test_what_floats_do_not_have_is_refused(tiny_model_dir: TinyModel, step: dict[str, Any], message: str) -> None:

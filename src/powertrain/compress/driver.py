@@ -27,6 +27,7 @@ from powertrain.compress.calibrate import (
 )
 from powertrain.compress.floats import to_preset
 from powertrain.compress.gptq import Moments, gptq
+from powertrain.compress.gptq_floats import gptq_floats
 from powertrain.compress.leak import Grid, describe_leaks, find_grid
 from powertrain.compress.manifest import MANIFEST_FILE, manifest_text, weights_sha256
 from powertrain.compress.model_step import Progress, StepContext, apply_steps
@@ -273,7 +274,13 @@ class _Writer:
         step, name, scale_dtype = layer.step, layer.name, self._plan.dtype
         quantized: Quantized
         if isinstance(layer.scheme, FloatScheme):
-            floats, error = to_preset(weight, layer.scheme, search=step.observer == "mse", absmax=absmax, name=name)
+            if step.method == "gptq":
+                assert moments is not None
+                floats, error = gptq_floats(
+                    weight, layer.scheme, moments, step.gptq_options(), absmax=absmax, name=name
+                )
+            else:
+                floats, error = to_preset(weight, layer.scheme, search=step.observer == "mse", absmax=absmax, name=name)
             quantized = floats
         else:
             if step.method == "gptq":

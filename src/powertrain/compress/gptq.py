@@ -11,6 +11,7 @@ inputs of the model before compression, though it now sees those of the compress
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,6 +21,9 @@ from powertrain.compress.quantize import weight_error
 from powertrain.compress.ranges import Observer, choose_range
 from powertrain.model.weights import IntWeight
 from powertrain.types import PowertrainError, QuantScheme
+
+Nearest = Callable[[int, torch.Tensor], torch.Tensor]
+"""(number of an input, its weights float32 [out]) -> the same on their grids."""
 
 COLUMNS_AT_ONCE = 128
 """Columns whose errors reach the rest of the matrix by one product."""
@@ -122,27 +126,46 @@ def gptq(
     no calibration tokens, or moments that no damping makes positive definite.
     """
     options = options or GptqOptions()
-    if moments.num_tokens == 0:
-        raise PowertrainError(f"{name}: gptq needs calibration tokens, there are none")
-    if not bool(torch.isfinite(moments.hessian).all()):
-        raise PowertrainError(f"{name}: its inputs hold NaN or infinity on the calibration text")
     out_features, in_features = weight.shape
     target = weight.to(torch.float32)
     group_size = scheme.group_size or in_features
     groups = target.view(out_features, -1, group_size)
     scale, zero_point = choose_range(groups, scheme.num_bits, scheme.symmetric, options.observer, scale_dtype, name)
-    order, is_dead, upper, shift = moments.factors(options, name)
-    # columns as rows: each is contiguous then
-    columns = torch.where(is_dead, 0.0, target).t()[order]
     zeros = torch.zeros_like(scale) if zero_point is None else zero_point
-    group = order // group_size
-    correction = None if shift is None else options.correction * shift
-    rounded = _round_columns(columns, scale.t()[group], zeros.t()[group], scheme.num_bits, upper, correction)
-    values = torch.empty(out_features, in_features, dtype=torch.int8, device=weight.device)
-    values[:, order] = rounded.t().to(torch.int8)
+    low, high = -(2 ** (scheme.num_bits - 1)), 2 ** (scheme.num_bits - 1) - 1
+    own_scale, own_zero = (part.t().repeat_interleave(group_size, 0) for part in (scale, zeros))
+
+    def nearest(index: int, column: torch.Tensor) -> torch.Tensor:
+        s, z = own_scale[index], own_zero[index]
+        return torch.round(column / s).add_(z).clamp_(low, high).sub_(z).mul_(s)
+
+    rounded = rounded_matrix(target, nearest, moments, options, name)
+    values = torch.round(rounded / own_scale.t()).add_(own_zero.t()).to(torch.int8)
     zero = None if zero_point is None else zero_point.to(torch.int8)
     quantized = IntWeight(values, scale.to(scale_dtype), zero, scheme.num_bits)
     return quantized, weight_error(target, quantized.dequantize())
+
+
+def rounded_matrix(
+    weight: torch.Tensor, nearest: Nearest, moments: Moments, options: GptqOptions, name: str
+) -> torch.Tensor:
+    """weight float32 [out, in] on the grids that `nearest` knows, so that its outputs change least.
+
+    Raises `PowertrainError` naming `name` for moments that are not finite, of no tokens, or that no damping makes
+    positive definite.
+    """
+    if moments.num_tokens == 0:
+        raise PowertrainError(f"{name}: gptq needs calibration tokens, there are none")
+    if not bool(torch.isfinite(moments.hessian).all()):
+        raise PowertrainError(f"{name}: its inputs hold NaN or infinity on the calibration text")
+    order, is_dead, upper, shift = moments.factors(options, name)
+    # columns as rows: each is contiguous then
+    columns = torch.where(is_dead, 0.0, weight).t()[order]
+    correction = None if shift is None else options.correction * shift
+    indices = order.tolist()
+    rounded = torch.empty_like(weight)
+    rounded[:, order] = _round_columns(columns, lambda at, column: nearest(indices[at], column), upper, correction).t()
+    return rounded
 
 
 def _factors(moments: Moments, options: GptqOptions, name: str) -> Factors:
@@ -185,15 +208,9 @@ def _correction(shift: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
 
 
 def _round_columns(
-    columns: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
-    num_bits: int,
-    upper: torch.Tensor,
-    shift: torch.Tensor | None,
+    columns: torch.Tensor, nearest: Nearest, upper: torch.Tensor, shift: torch.Tensor | None
 ) -> torch.Tensor:
-    """The integers of columns [in, out], float32, rounded one after the other; scale and zero [in, out] are theirs."""
-    low, high = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
+    """Columns [in, out], float32, put on their grids one after the other."""
     columns = columns.contiguous()
     rounded = torch.empty_like(columns)
     for begin in range(0, len(columns), COLUMNS_AT_ONCE):
@@ -202,10 +219,9 @@ def _round_columns(
         if shift is not None:
             unrounded = torch.empty_like(block)
         for at in range(end - begin):
-            column, s, z, row = block[at], scale[begin + at], zero[begin + at], upper[begin + at, begin + at : end]
-            integers = torch.round(column / s).add_(z).clamp_(low, high)
-            rounded[begin + at] = integers
-            torch.sub(column, (integers - z).mul_(s), out=errors[at])
+            column, row = block[at], upper[begin + at, begin + at : end]
+            rounded[begin + at] = nearest(begin + at, column)
+            torch.sub(column, rounded[begin + at], out=errors[at])
             errors[at] /= row[0]
             if unrounded is not None and shift is not None:
                 unrounded[at] = column

@@ -51,6 +51,9 @@ Theirs is 128 below 8 bits, which does not divide the rows of many small models 
 """
 
 METHODS = ("rtn", "gptq", "autoround")
+FLOAT_METHODS = ("rtn", "gptq")
+"""Those that round to 8-bit and 4-bit floats too."""
+
 
 MODEL_STEPS: dict[str, Callable[[Mapping[str, Any], str], ModelStep]] = {
     "rotate": RotateStep.parse,
@@ -272,8 +275,10 @@ def _scheme(name: str, step: Mapping[str, Any], where: str) -> Scheme:
     if isinstance(scheme, FloatScheme):
         if "group_size" in step:
             raise PowertrainError(f"{where}.group_size: {name} has groups of its own; leave it out")
-        if step.get("method", "rtn") != "rtn":
-            raise PowertrainError(f"{where}.method: {step['method']} rounds to integers, {name} has floats; rtn can")
+        method = step.get("method", "rtn")
+        if method not in FLOAT_METHODS:
+            others = " and ".join(FLOAT_METHODS)
+            raise PowertrainError(f"{where}.method: {method} rounds to integers, {name} has floats; {others} can")
         return scheme
     if "group_size" not in step:
         return scheme

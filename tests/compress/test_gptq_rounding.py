@@ -71,6 +71,18 @@ def test_outputs_are_nearer_than_those_of_rounding_to_nearest(num_bits: int, gro
     assert output_error(found, weight, other, other) < 0.6 * output_error(plain, weight, other, other)
 
 
+def test_ranges_that_know_what_inputs_are_worth_leave_outputs_nearer() -> None:
+    x, other = inputs(2000, 192), inputs(400, 192, seed=0)[200:]
+    moments, scheme = moments_of(x), QuantScheme(num_bits=3)
+    errors: dict[str, float] = {"mse": 0.0, "weighted": 0.0}
+    for seed in range(3):
+        weight = torch.randn(96, 192, generator=torch.Generator().manual_seed(seed))
+        for observer in errors:
+            found, _ = gptq(weight, scheme, moments, GptqOptions(observer=observer))  # type: ignore[arg-type]
+            errors[observer] += output_error(found, weight, other, other)
+    assert errors["weighted"] < 0.95 * errors["mse"]
+
+
 def test_asymmetric_correction_aims_at_the_outputs_before_compression() -> None:
     weight, original = torch.randn(96, 128, generator=torch.Generator().manual_seed(3)), inputs(3000, 128)
     x = original + 0.1 * inputs(3000, 128, seed=9)

@@ -14,12 +14,18 @@ from powertrain.types import PowertrainError, QuantScheme
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def p_error(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, num_bits: int) -> torch.Tensor:
+def p_error(
+    groups: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    num_bits: int,
+    importance: torch.Tensor | float = 1.0,
+) -> torch.Tensor:
     """sum |w - w'|^p of each group, float64, relative to its largest weight."""
     integers = to_integers(groups, scale, zero, num_bits).double()
     meant = (integers - (0 if zero is None else zero.double().unsqueeze(-1))) * scale.double().unsqueeze(-1)
     largest = groups.double().abs().amax(-1, keepdim=True).clamp(min=1e-300)
-    return (((groups.double() - meant) / largest).abs() ** ERROR_POWER).sum(-1)
+    return (((groups.double() - meant) / largest).abs() ** ERROR_POWER * importance).sum(-1)
 
 
 @given(
@@ -99,3 +105,20 @@ def test_what_fits_no_grid_is_refused_by_name(observer):
         choose_range(groups, 3, True, observer, torch.float32, "up_proj")
     with pytest.raises(PowertrainError, match=r"up_proj: weights are too large for torch\.float16"):
         choose_range(torch.full((1, 32), 1e6), 3, True, observer, torch.float16, "up_proj")
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weighted_ranges_are_those_of_a_plain_loop_with_weights(symmetric):
+    generator = torch.Generator().manual_seed(5)
+    groups, importance = torch.randn(7, 3, 32, generator=generator), torch.rand(3, 32, generator=generator) ** 4
+    best = torch.full(groups.shape[:-1], torch.inf, dtype=torch.float64)
+    for percent in range(50, 101):
+        ends = torch.stack([end * (percent / 100) for end in (groups.amin(-1), groups.amax(-1))], dim=-1)
+        grid = choose_range(ends, 3, symmetric, "minmax", torch.float32, "w")
+        best = torch.minimum(best, p_error(groups, *grid, 3, importance))
+    found = choose_range(groups, 3, symmetric, "weighted", torch.float32, "w", importance=importance)
+    assert torch.allclose(p_error(groups, *found, 3, importance), best, rtol=1e-4)
+    plain = choose_range(groups, 3, symmetric, "mse", torch.float32, "w")
+    assert not torch.equal(found[0], plain[0])
+    unweighted = choose_range(groups, 3, symmetric, "weighted", torch.float32, "w")
+    assert torch.equal(unweighted[0], plain[0])

@@ -130,7 +130,18 @@ def gptq(
     target = weight.to(torch.float32)
     group_size = scheme.group_size or in_features
     groups = target.view(out_features, -1, group_size)
-    scale, zero_point = choose_range(groups, scheme.num_bits, scheme.symmetric, options.observer, scale_dtype, name)
+    importance = None
+    if options.observer == "weighted":
+        importance = _importance(moments, options, name).view(-1, group_size)
+    scale, zero_point = choose_range(
+        groups,
+        scheme.num_bits,
+        scheme.symmetric,
+        options.observer,
+        scale_dtype,
+        name,
+        importance=importance,
+    )
     zeros = torch.zeros_like(scale) if zero_point is None else zero_point
     low, high = -(2 ** (scheme.num_bits - 1)), 2 ** (scheme.num_bits - 1) - 1
     own_scale, own_zero = (part.t().repeat_interleave(group_size, 0) for part in (scale, zeros))
@@ -154,10 +165,7 @@ def rounded_matrix(
     Raises `PowertrainError` naming `name` for moments that are not finite, of no tokens, or that no damping makes
     positive definite.
     """
-    if moments.num_tokens == 0:
-        raise PowertrainError(f"{name}: gptq needs calibration tokens, there are none")
-    if not bool(torch.isfinite(moments.hessian).all()):
-        raise PowertrainError(f"{name}: its inputs hold NaN or infinity on the calibration text")
+    _check(moments, name)
     order, is_dead, upper, shift = moments.factors(options, name)
     # columns as rows: each is contiguous then
     columns = torch.where(is_dead, 0.0, weight).t()[order]
@@ -166,6 +174,25 @@ def rounded_matrix(
     rounded = torch.empty_like(weight)
     rounded[:, order] = _round_columns(columns, lambda at, column: nearest(indices[at], column), upper, correction).t()
     return rounded
+
+
+def _importance(moments: Moments, options: GptqOptions, name: str) -> torch.Tensor:
+    """float32 [in], mean 1: what an error of each column costs once those after it have made up for it as they can.
+
+    That is 1 / U_jj^2, the loss of optimal brain quantization (Hassibi and Stork 1993; Frantar et al. 2022).
+    """
+    _check(moments, name)
+    factors = moments.factors(options, name)
+    importance = torch.empty_like(factors.upper[0])
+    importance[factors.order] = factors.upper.diagonal().square().reciprocal()
+    return importance / importance.mean()
+
+
+def _check(moments: Moments, name: str) -> None:
+    if moments.num_tokens == 0:
+        raise PowertrainError(f"{name}: gptq needs calibration tokens, there are none")
+    if not bool(torch.isfinite(moments.hessian).all()):
+        raise PowertrainError(f"{name}: its inputs hold NaN or infinity on the calibration text")
 
 
 def _factors(moments: Moments, options: GptqOptions, name: str) -> Factors:

@@ -26,11 +26,11 @@ def gptq_floats(
 ) -> tuple[Float8Weight | Float4Weight, float]:
     """Round a float matrix [out, in] as a preset says, so that its outputs change least (`compress/gptq.py`).
 
-    The scales are those that `to_preset` chooses, by search where `options.observer` is "mse"; `absmax` as there.
+    The scales are those that `to_preset` chooses, by search unless `options.observer` is "minmax"; `absmax` as there.
     Returns the matrix and the normalised squared weight error; raises what `to_preset` and `rounded_matrix` do.
     """
     options = options or GptqOptions()
-    plain, _ = to_preset(weight, scheme, search=options.observer == "mse", absmax=absmax, name=name)
+    plain, _ = to_preset(weight, scheme, search=options.observer != "minmax", absmax=absmax, name=name)
     scale = _scale_of_each(plain, weight.shape[1])
     by_input = scale.t().contiguous()
     is_float8 = isinstance(plain, Float8Weight)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from powertrain.types import PowertrainError
 
-Observer: TypeAlias = Literal["minmax", "mse"]
-OBSERVERS: tuple[Observer, ...] = ("minmax", "mse")
+Observer: TypeAlias = Literal["minmax", "mse", "weighted"]
+OBSERVERS: tuple[Observer, ...] = ("minmax", "mse", "weighted")
 
 ERROR_POWER = 2.4
 """The search minimises sum |w - w'|^p. 2.4 is the field's: GPTQ's code and llm-compressor's `mse` observer have it, so
@@ -36,21 +36,23 @@ def choose_range(
     scale_dtype: torch.dtype,
     name: str,
     shrink_steps: int = SHRINK_STEPS,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The grid of each group: (scale, zero point), float32 [...], for `groups` float32 [..., g] that share one each.
 
     The range of `minmax` is that of the group, widened to hold zero; `mse` takes the part of it, from all down to half,
-    that leaves the least sum |w - w'|^2.4 of `shrink_steps` tried. Symmetric: the scale is its absolute maximum over
-    (2^b - 1) / 2, and there is no zero point. Asymmetric: its length over 2^b - 1, and the zero point is an integer in
-    [-2^(b-1), 2^(b-1) - 1]. Scales are values of `scale_dtype`, rounded to it before anything is derived from them, and
-    never zero. Raises `PowertrainError` naming `name` for NaN, infinity or a scale beyond `scale_dtype`.
+    that leaves the least sum |w - w'|^2.4 of `shrink_steps` tried; `weighted` weighs that sum by `importance`, float32
+    [groups of a row, g], where it is given: only who knows the inputs can. Symmetric: the scale is the largest size in
+    the range over (2^b - 1) / 2, and there is no zero point. Asymmetric: its length over 2^b - 1, and the zero point is
+    an integer in [-2^(b-1), 2^(b-1) - 1]. Scales are values of `scale_dtype`, rounded to it before anything is derived
+    from them, and never zero. Raises `PowertrainError` naming `name` for NaN, infinity or a scale beyond `scale_dtype`.
     """
     low = groups.amin(dim=-1).clamp(max=0.0)
     high = groups.amax(dim=-1).clamp(min=0.0)
     if not bool(torch.isfinite(high - low).all()):
         raise PowertrainError(f"{name}: holds NaN or infinity, so no grid fits it; the source file is damaged")
     scale, zero_point = _grid(low, high, num_bits, symmetric, scale_dtype, name)
-    if observer == "mse":
+    if observer != "minmax":
         size = groups.shape[-1]
         at_once = CHUNK_WEIGHTS if groups.device.type == "cpu" else GPU_CHUNK_WEIGHTS
         flat, step = groups.reshape(-1, size), max(1, at_once // size)
@@ -60,7 +62,10 @@ def choose_range(
         for start in range(0, len(flat), step):
             part = slice(start, start + step)
             ends = lows[part] * shares, highs[part] * shares
-            scales[part], found = _search(flat[part], ends, num_bits, symmetric, scale_dtype, name)
+            own = None
+            if importance is not None and observer == "weighted":
+                own = importance[torch.arange(start, start + len(flat[part]), device=groups.device) % len(importance)]
+            scales[part], found = _search(flat[part], ends, num_bits, symmetric, scale_dtype, name, own)
             if zeros is not None and found is not None:
                 zeros[part] = found
         scale, zero_point = scales.view_as(low), None if zeros is None else zeros.view_as(low)
@@ -95,8 +100,12 @@ def _search(
     symmetric: bool,
     scale_dtype: torch.dtype,
     name: str,
+    importance: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The best grid of each of `groups` [n, g]; ends: of the range tried, [trials, n], the whole range first."""
+    """The best grid of each of `groups` [n, g]; ends: of the range tried, [trials, n], the whole range first.
+
+    importance: [n, g], or None for all alike.
+    """
     scales, zero_points = _grid(*ends, num_bits, symmetric, scale_dtype, name)
     errors = torch.empty_like(scales)
     for trial, scale in enumerate(scales):
@@ -104,7 +113,8 @@ def _search(
         difference = _positions(groups, scale, zero_point)
         difference -= torch.round(difference).clamp_(-(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1)
         # |d|^p by logarithms, which takes less than half of the time that `pow` does; log2(0) * p comes back as 0
-        torch.sum(difference.abs_().log2_().mul_(ERROR_POWER).exp2_(), dim=-1, out=errors[trial])
+        difference.abs_().log2_().mul_(ERROR_POWER).exp2_()
+        torch.sum(difference if importance is None else difference.mul_(importance), dim=-1, out=errors[trial])
     # Errors are summed in steps and weighed by the step over the full range: |w|^2.4 of tiny weights is no float.
     whole = ends[1][0] - ends[0][0]
     errors *= (scales / torch.where(whole > 0, whole, 1.0)).pow_(ERROR_POWER)

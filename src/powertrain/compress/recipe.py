@@ -246,6 +246,10 @@ def _parse_step(value: Any, where: str) -> Step | ModelStep:
     scheme_name = one_of(value.get("scheme"), tuple(SCHEMES), f"{where}.scheme")
     fallback = one_of(value.get("group_size_fallback", "refuse"), ("refuse", "nearest"), f"{where}.group_size_fallback")
     observer = one_of(value.get("observer", "minmax" if method == "rtn" else "mse"), OBSERVERS, f"{where}.observer")
+    if observer == "weighted" and method != "gptq":
+        raise PowertrainError(
+            f"{where}.observer: weighted asks what each input is worth, which gptq alone knows; use mse"
+        )
     return Step(
         match=_patterns(value.get("match") or None, f"{where}.match"),
         ignore=_patterns(value.get("ignore", []), f"{where}.ignore"),

@@ -1,16 +1,19 @@
 """What each way of compressing costs a real model: KL, perplexity and size, on the checkpoint read back from disk.
 
-Calibrated methods run once a seed. The reference is the model as it is given, dequantized to float32: for the default
-model that is a file of 4-bit blocks, so nothing here is a loss against the model that was trained. The text that judges
-must share no run of 13 tokens with the text that calibrates. With `--device cuda` all of it runs on a GPU, judged in
-float32 by the reference kernels; that needs torch, numpy, safetensors and tokenizers only.
+Calibrated methods run once a seed; the same command again goes on with the rows that its record lacks. The reference is
+the model as it is given, dequantized to float32: for the default model that is a file of 4-bit blocks, so nothing here
+is a loss against the model that was trained. The text that judges must share no run of 13 tokens with the text that
+calibrates. With `--device cuda` all of it runs on a GPU, judged in float32 by the reference kernels; that needs torch,
+numpy, safetensors and tokenizers only.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +65,7 @@ RECIPES: dict[str, list[Step]] = {
             ("gptq", GPTQ),
             ("gptq weighted", {**GPTQ, "observer": "weighted"}),
             ("gptq asymmetric", {**GPTQ, "correction": "asymmetric"}),
+            ("gptq weighted asymmetric", {**GPTQ, "observer": "weighted", "correction": "asymmetric"}),
             ("autoround", LEARNED),
             ("autoround compressed target", {**LEARNED, "target": "compressed"}),
         )
@@ -94,6 +98,10 @@ RECIPES: dict[str, list[Step]] = {
     "awq W4 channel rtn": [AWQ, W4],
     "awq W4 channel gptq": [AWQ, W4_GPTQ],
     "awq W4 g64 rtn": [AWQ, step("W4A16", 64)],
+    "awq W4 g64 gptq weighted asymmetric": [
+        AWQ,
+        step("W4A16", 64, **GPTQ, observer="weighted", correction="asymmetric"),
+    ],
     "awq W3 g64 rtn": [AWQ, W3],
     "awq W3 g64 gptq": [AWQ, step("W3A16", 64, **GPTQ)],
     "W8A8": [W8A8],
@@ -108,6 +116,10 @@ BUDGET_WINDOWS = {"num_samples": 32, "length": 256}
 SHOWN = ("kl_mean", "kl_p99", "top1_agreement", "ppl_reference", "ppl_candidate", "ppl_ratio", "bits_per_weight")
 
 
+SETTINGS = ("kind", "model", "data", "calibration", "config")
+"""What rows of one record have in common."""
+
+
 def main() -> None:
     arguments = parser(__doc__, "compression.json")
     arguments.add_argument("--model", default="smollm2")
@@ -120,20 +132,22 @@ def main() -> None:
     arguments.add_argument("--seeds", default="0")
     arguments.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     arguments.add_argument("--sensitivity", default="fisher", choices=("fisher", "kl"), help="of the budgets")
-    arguments.add_argument("--only", default="", help="recipes whose names contain one of these, after commas")
+    arguments.add_argument("--only", default="*", help="names of recipes, commas between; `*` stands for anything")
     given = arguments.parse_args()
     checkpoint = open_checkpoint(resolve_model(given.model))
     judging = encode_texts(read_texts(given.data), load_tokenizer(checkpoint.path))
     # float32 is what it says on a GPU too
     torch.backends.cuda.matmul.allow_tf32 = False
-    rows: list[dict[str, Any]] = []
+    rows = measured(given)
     reference = Reference(judged(given.model, given), data=given.data, num_tokens=given.num_tokens, window=given.window)
     seeds = [int(part) for part in given.seeds.split(",")]
     for name in [*RECIPES, *BUDGETS]:
-        if not any(part in name for part in given.only.split(",")):
+        if not any(fnmatch(name, pattern) for pattern in given.only.split(",")):
             continue
         is_calibrated = name in BUDGETS or load_recipe({"steps": RECIPES[name]}).is_calibrated
         for seed in seeds if is_calibrated else seeds[:1]:
+            if any((row["name"], row["seed"]) == (name, seed) for row in rows):
+                continue
             how = {"num_samples": given.num_samples, "length": given.length, "seed": seed}
             for windows in (how, {**how, **BUDGET_WINDOWS}) if name in BUDGETS else (how,):
                 found = calibration_set(given.calibration, checkpoint, **windows)
@@ -154,9 +168,18 @@ def judged(model: str, given: Any) -> Model:
     return read_model(model, device="cpu", dtype="float32" if model == given.model else "auto")
 
 
+def measured(given: Any) -> list[dict[str, Any]]:
+    """The rows that an earlier run with the same settings has left in the record."""
+    if not given.json.is_file():
+        return []
+    earlier, now = json.loads(given.json.read_text()), made(given, [])
+    return earlier["results"] if all(earlier.get(key) == now[key] for key in SETTINGS) else []
+
+
 def made(given: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     config = {key: getattr(given, key) for key in ("num_samples", "length", "num_tokens", "device", "sensitivity")}
-    about = {"model": given.model, "data": given.data.name, "calibration": [path.name for path in given.calibration]}
+    calibration = [path.name for path in given.calibration]
+    about = {"model": Path(given.model).name, "data": given.data.name, "calibration": calibration}
     return record.new_record("compression_methods", git=given.git, **about, config=config, results=rows)
 
 

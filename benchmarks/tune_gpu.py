@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from powertrain.kernels.gpu import conversions, fused, matmul, quantized, rounded_matmul, tuned_table
+from powertrain.kernels.gpu import conversions, fused, int4_matmul, matmul, quantized, rounded_matmul, tuned_table
 from powertrain.kernels.gpu.matmul import SkinnyConfig
 from powertrain.kernels.gpu.quantized import QuantizedConfig
 from powertrain.kernels.gpu.rounded_matmul import RoundedConfig
@@ -166,7 +166,7 @@ def operands(problem: Problem, device: torch.device, copies: int) -> list[Weight
         elif problem.product in ("dense_linear", "tile"):
             made.append((torch.randn(out, inner, device=device, generator=generator).to(_dtype(device)), None))
         elif problem.product == "int4":
-            packed = torch.randint(0, 256, (inner // 128, out, 64), dtype=torch.uint8, device=device)
+            packed = torch.randint(-(2**15), 2**15, (inner // 128, out, 32), dtype=torch.int16, device=device)
             made.append((packed, torch.rand(inner // 128, out, device=device).to(_dtype(device))))
         else:
             kind = torch.int8 if problem.product == "int8" else torch.float8_e4m3fn
@@ -198,7 +198,7 @@ def caller(problem: Problem, config: Config | None, weights: list[Weight]) -> Ca
         )
     how = (config, problem.is_gated, problem.keeps_pieces)
     if problem.product == "int4":
-        return lambda at: quantized.int4_product(x, Int4Blocks(*weights[at], None), *how)
+        return lambda at: int4_matmul.int4_product(x, Int4Blocks(*weights[at], None), *how)
     return lambda at: quantized.matrix_product(x, *weights[at], *how)
 
 

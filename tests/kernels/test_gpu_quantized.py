@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from powertrain.kernels.fused import silu_mul
-from powertrain.kernels.gpu import conversions, fused, quantized
+from powertrain.kernels.gpu import conversions, fused, int4_matmul, quantized
 from powertrain.kernels.quantized import Int4Blocks, dequantize_float8, dequantize_int4_blocks
 from powertrain.kernels.rounding import (
     add_rms_norm_rounded,
@@ -70,23 +70,23 @@ CONFIGS = [
 @pytest.mark.parametrize(("rows", "out", "inputs", "groups"), [(1, 70, 256, 2), (5, 64, 192, 6), (33, 24, 512, 1)])
 @pytest.mark.parametrize("has_zero", [False, True])
 def test_4_bit_products_of_few_rows(rows, out, inputs, groups, has_zero, config, dtype, monkeypatch):
-    monkeypatch.setattr(quantized, "config_for", lambda *arguments: config)
+    monkeypatch.setattr(int4_matmul, "config_for", lambda *arguments: config)
     blocks, dense = int4_blocks(out, inputs, groups, has_zero)
     x = normal(rows, inputs, dtype=dtype, seed=1)
     expected = x.double() @ dense.double().t()
-    assert difference(quantized.int4_linear(x, blocks, False), expected) < TOLERANCE[dtype]
+    assert difference(int4_matmul.int4_linear(x, blocks, False), expected) < TOLERANCE[dtype]
 
 
 @each_dtype
 @pytest.mark.parametrize("swaps", [False, True])
 def test_4_bit_products_gate_as_the_reference_does(swaps, dtype, monkeypatch):
     config = quantized.QuantizedConfig(32, 1, swaps, 4, 2)
-    monkeypatch.setattr(quantized, "config_for", lambda *arguments: config)
+    monkeypatch.setattr(int4_matmul, "config_for", lambda *arguments: config)
     blocks, dense = int4_blocks(88, 256, 2, True)
     x = normal(3, 256, dtype=dtype, seed=1)
     expected = silu_mul.reference((x.double() @ dense.double().t() * 4).to(dtype))
     blocks = blocks._replace(scale=blocks.scale * 4)
-    assert difference(quantized.int4_linear(x, blocks, True), expected) < 2 * TOLERANCE[dtype]
+    assert difference(int4_matmul.int4_linear(x, blocks, True), expected) < 2 * TOLERANCE[dtype]
 
 
 def float8(out, inputs, has_blocks):
@@ -124,7 +124,7 @@ def test_8_bit_products_gate_as_the_reference_does(has_blocks, dtype):
 def test_more_rows_take_the_whole_matrix_as_floats():
     blocks, dense = int4_blocks(24, 256, 2, True)
     x = normal(quantized.MAX_ROWS + 1, 256)
-    assert difference(quantized.int4_linear(x, blocks, False), x @ dense.t()) < 2e-6
+    assert difference(int4_matmul.int4_linear(x, blocks, False), x @ dense.t()) < 2e-6
     values, scale = float8(24, 256, True)
     assert difference(quantized.byte_linear(x, values, scale, False), x @ dequantize_float8(values, scale).t()) < 2e-6
 

@@ -25,6 +25,7 @@ from powertrain.kernels.quantized import (
     float8_linear,
     int4_blocks_linear,
     int8_rounded_linear,
+    pack_int4_blocks,
 )
 
 TOLERANCE = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 2e-6}
@@ -262,9 +263,9 @@ def _int4(generator: torch.Generator, dtype: torch.dtype, out: int, inner: int) 
 
 def _int4_blocks(generator: torch.Generator, dtype: torch.dtype, out: int, inner: int) -> tuple[Any, ...]:
     device, group = generator.device, _int4_group(inner)
-    half = next(size for size in (64, 32, 16) if group % (2 * size) == 0)
-    shape = (inner // (2 * half), out, half)
-    values = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator, device=device)
+    unsigned = torch.randint(0, 16, (out, inner), dtype=torch.uint8, generator=generator, device=device)
+    values = pack_int4_blocks(unsigned, group)
+    assert values is not None
     scale = torch.rand(inner // group, out, generator=generator, device=device) * 0.01 + 0.001
     return Int4Blocks(values, scale.to(torch.float16), None), False
 

@@ -19,6 +19,13 @@ MAX_UNROUNDED_ROWS = 32
 """
 
 
+INT4_BLOCKS = (128, 64, 32)
+"""Inputs of a block of 4-bit weights: the largest that makes groups of whole blocks is taken."""
+
+MIN_INT4_WORDS = 16
+"""Of a block: the tensor cores take as many inputs at once."""
+
+
 def dequantize_float8(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """float32 [out, in] of values float8_e4m3fn [out, in] and scale [out] or [out / 128, in / 128], rounded up."""
     if scale.ndim == 1:
@@ -61,21 +68,41 @@ def _float8_linear(
 class Int4Blocks(NamedTuple):
     """4-bit integers as a GPU reads them: `weight = (n - 8 - zero) * scale`, n in 0..15.
 
-    values: uint8 [blocks, out, half]: a block is 2 * half inputs, and byte j of an output holds input j in its low
-    bits and input half + j in its high bits, so that what a program reads at once lies together; scale: float
-    [groups, out], zero: int8 [groups, out] or None. A group is one or more whole blocks.
+    values: [blocks, out, words], int16 of 4 nibbles or uint8 of 2: nibble k of word j, from the lowest bits up, belongs
+    to input k * words + j of the block. What a program reads at once lies together, and so do the nibbles that are
+    unpacked together. scale: float [groups, out], zero: int8 [groups, out] or None. A group is one or more whole
+    blocks.
     """
 
     values: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor | None
 
+    @property
+    def nibbles(self) -> int:
+        """Of a word."""
+        return self.values.element_size() * 2
+
+
+def pack_int4_blocks(unsigned: torch.Tensor, group_size: int) -> torch.Tensor | None:
+    """The `values` of `Int4Blocks` from uint8 [out, in] of 0..15; None where no block size divides the groups."""
+    block = next((size for size in INT4_BLOCKS if group_size % size == 0), None)
+    if block is None:
+        return None
+    count, dtype = (4, torch.int16) if block >= 4 * MIN_INT4_WORDS else (2, torch.uint8)
+    nibbles = unsigned.view(unsigned.shape[0], -1, count, block // count)
+    words = nibbles[:, :, 0].to(dtype)
+    for place in range(1, count):
+        words |= nibbles[:, :, place].to(dtype) << (4 * place)
+    return words.transpose(0, 1).contiguous()
+
 
 def dequantize_int4_blocks(weight: Int4Blocks, dtype: torch.dtype) -> torch.Tensor:
     """The matrix [out, in] in `dtype`, computed in float32."""
     blocks, out_features, _ = weight.values.shape
     groups = weight.scale.shape[0]
-    integers = torch.cat((weight.values & 15, weight.values >> 4), dim=-1).to(torch.float32) - 8
+    nibbles = [(weight.values >> (4 * k)) & 15 for k in range(weight.nibbles)]
+    integers = torch.cat(nibbles, dim=-1).to(torch.float32) - 8
     grouped = integers.view(groups, blocks // groups, out_features, -1)
     if weight.zero is not None:
         grouped = grouped - weight.zero.float().view(groups, 1, out_features, 1)
@@ -91,8 +118,8 @@ def _int4_blocks_linear(
     return silu_mul(product) if is_gated else product
 
 
-def _providers(function: str) -> tuple[Provider[Any, Any], ...]:
-    return triton_provider("quantized", function, refuse_gaps), invariant_provider(function, refuse_gaps)
+def _providers(function: str, module: str = "quantized") -> tuple[Provider[Any, Any], ...]:
+    return triton_provider(module, function, refuse_gaps), invariant_provider(function, refuse_gaps)
 
 
 def _rounded_linear(
@@ -131,4 +158,4 @@ rounded_linear = Op("rounded_linear", _rounded_linear, _of_rounded("rounded_line
 rounded_gated_linear = Op("rounded_gated_linear", _rounded_gated_linear, _of_rounded("rounded_gated_linear"))
 float8_linear = Op("float8_linear", _float8_linear, _providers("float8_linear"))
 int8_rounded_linear = Op("int8_rounded_linear", _int8_rounded_linear, _providers("int8_rounded_linear"))
-int4_blocks_linear = Op("int4_blocks_linear", _int4_blocks_linear, _providers("int4_linear"))
+int4_blocks_linear = Op("int4_blocks_linear", _int4_blocks_linear, _providers("int4_linear", "int4_matmul"))

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from powertrain.kernels.quantized import Int4Blocks, dequantize_int4_blocks, int4_blocks_linear
+from powertrain.kernels.quantized import (
+    Int4Blocks,
+    dequantize_int4_blocks,
+    int4_blocks_linear,
+    pack_int4_blocks,
+)
 
 if TYPE_CHECKING:
     from powertrain.model.weights import IntWeight
-
-HALVES = (64, 32, 16)
-"""Sizes of half a block that the kernels have: the largest that makes groups of whole blocks is taken."""
 
 
 class Int4Blocked:
@@ -27,13 +29,11 @@ class Int4Blocked:
     @classmethod
     def pack(cls, weight: IntWeight, device: torch.device) -> Int4Blocked | None:
         """None where no block size divides the groups."""
-        out_features, in_features = weight.values.shape
+        in_features = weight.values.shape[1]
         group_size = in_features // weight.scale.shape[1]
-        half = next((size for size in HALVES if group_size % (2 * size) == 0), None)
-        if half is None:
+        values = pack_int4_blocks((weight.values.to(device) + 8).view(torch.uint8), group_size)
+        if values is None:
             return None
-        unsigned = (weight.values.to(device) + 8).view(torch.uint8).view(out_features, -1, 2, half)
-        values = (unsigned[:, :, 0] | (unsigned[:, :, 1] << 4)).transpose(0, 1).contiguous()
         zero = None if weight.zero_point is None else weight.zero_point.to(device).t().contiguous()
         return cls(Int4Blocks(values, weight.scale.to(device).t().contiguous(), zero))
 

@@ -14,8 +14,9 @@ from powertrain.kernels.gpu.launch import launch_options, wait_turn
 from powertrain.kernels.quantized import FLOAT8_BLOCK, Int4Blocks
 from powertrain.kernels.rounding import INT8_STEPS, LARGEST_FLOAT8
 
-# 8 nibbles in a register to 8 bfloat16 or float16 in four, as 128 + n or 1024 + n
-_NIBBLES_TO_FLOATS = """{
+# The nibbles of 4 bytes to bfloat16 or float16, two in a register, as 128 + n or 1024 + n less an offset: first the
+# low, then the high
+_NIBBLES_OF_BYTES = """{
     .reg .b32 low, high, exponent;
     mov.b32 exponent, EXPONENT;
     and.b32 low, $4, 0x0F0F0F0F;
@@ -31,15 +32,33 @@ _NIBBLES_TO_FLOATS = """{
     sub.rn.TYPE $2, $2, exponent;
     sub.rn.TYPE $3, $3, exponent;
 }"""
+# The same of two words of 16 bits: each nibble beside that of the other word. 0xEA: (a & b) | c
+_NIBBLES_OF_WORDS = """{
+    .reg .b32 word, exponent;
+    mov.b32 exponent, EXPONENT;
+    lop3.b32 $0, $4, 0x000F000F, exponent, 0xEA;
+    shr.u32 word, $4, 4;
+    lop3.b32 $1, word, 0x000F000F, exponent, 0xEA;
+    shr.u32 word, $4, 8;
+    lop3.b32 $2, word, 0x000F000F, exponent, 0xEA;
+    shr.u32 word, $4, 12;
+    lop3.b32 $3, word, 0x000F000F, exponent, 0xEA;
+    mov.b32 exponent, OFFSET;
+    sub.rn.TYPE $0, $0, exponent;
+    sub.rn.TYPE $1, $1, exponent;
+    sub.rn.TYPE $2, $2, exponent;
+    sub.rn.TYPE $3, $3, exponent;
+}"""
 
 
-def _fill(exponent: str, offset: str, type_name: str) -> tl.constexpr:
-    text = _NIBBLES_TO_FLOATS.replace("EXPONENT", exponent).replace("OFFSET", offset)
-    return tl.constexpr(text.replace("TYPE", type_name))
+def _fill(text: str, exponent: str, offset: str, type_name: str) -> tl.constexpr:
+    return tl.constexpr(text.replace("EXPONENT", exponent).replace("OFFSET", offset).replace("TYPE", type_name))
 
 
-_TO_BFLOAT16 = _fill("0x43434343", "0x43084308", "bf16x2")
-_TO_FLOAT16 = _fill("0x64646464", "0x64086408", "f16x2")
+_BYTES_TO_BFLOAT16 = _fill(_NIBBLES_OF_BYTES, "0x43434343", "0x43084308", "bf16x2")
+_BYTES_TO_FLOAT16 = _fill(_NIBBLES_OF_BYTES, "0x64646464", "0x64086408", "f16x2")
+_WORDS_TO_BFLOAT16 = _fill(_NIBBLES_OF_WORDS, "0x43004300", "0x43084308", "bf16x2")
+_WORDS_TO_FLOAT16 = _fill(_NIBBLES_OF_WORDS, "0x64006400", "0x64086408", "f16x2")
 # 4 floats of 8 bits in a register to 4 bfloat16 in two. A byte under 8 copies of its sign, moved up by 4, has all its
 # bits in place, the copies where more of the exponent would be; which is then off by 120
 _FLOAT8_TO_BFLOAT16 = """{
@@ -78,18 +97,42 @@ _INT8_BY_HALF = tl.constexpr("""{
 
 
 @triton.jit
-def unpack_int4(packed, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):
-    """The low and the high halves of bytes less 8, as floats."""
-    if IS_COMPILED and dtype == tl.bfloat16:
+def unpack_nibbles(packed, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):
+    """The nibbles of words of 8 or 16 bits less 8, as floats: one tensor for each nibble, the lowest first."""
+    is_half: tl.constexpr = dtype == tl.float16
+    if packed.dtype == tl.int16:
+        if IS_COMPILED and (is_half or dtype == tl.bfloat16):
+            return tl.inline_asm_elementwise(
+                _WORDS_TO_FLOAT16 if is_half else _WORDS_TO_BFLOAT16,
+                "=r,=r,=r,=r,r",
+                [packed],
+                dtype=(dtype, dtype, dtype, dtype),
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            return (
+                _nibble(packed, 0, dtype),
+                _nibble(packed, 4, dtype),
+                _nibble(packed, 8, dtype),
+                _nibble(packed, 12, dtype),
+            )
+    elif IS_COMPILED and (is_half or dtype == tl.bfloat16):
         return tl.inline_asm_elementwise(
-            _TO_BFLOAT16, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-        )
-    elif IS_COMPILED and dtype == tl.float16:
-        return tl.inline_asm_elementwise(
-            _TO_FLOAT16, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+            _BYTES_TO_FLOAT16 if is_half else _BYTES_TO_BFLOAT16,
+            "=r,=r,=r,=r,r",
+            [packed],
+            dtype=(dtype, dtype),
+            is_pure=True,
+            pack=4,
         )
     else:
-        return ((packed & 15).to(tl.int32) - 8).to(dtype), ((packed >> 4).to(tl.int32) - 8).to(dtype)
+        return _nibble(packed, 0, dtype), _nibble(packed, 4, dtype)
+
+
+@triton.jit
+def _nibble(packed, SHIFT: tl.constexpr, dtype: tl.constexpr):
+    return (((packed.to(tl.int32) >> SHIFT) & 15) - 8).to(dtype)
 
 
 @triton.jit
@@ -209,7 +252,8 @@ def _int4_floats_kernel(
     out,
     out_features,
     num_blocks,
-    HALF: tl.constexpr,
+    WORDS: tl.constexpr,
+    NIBBLES: tl.constexpr,
     GROUP_BLOCKS: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -218,24 +262,26 @@ def _int4_floats_kernel(
     block = tl.program_id(0)
     columns = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     inside = (columns < out_features)[:, None]
-    half = tl.arange(0, HALF)[None, :]
+    word = tl.arange(0, WORDS)[None, :]
     of_group = block // GROUP_BLOCKS * out_features + columns
-    packed = tl.load(values + (block.to(tl.int64) * out_features + columns[:, None]) * HALF + half, inside, other=0)
-    low, high = unpack_int4(packed, out.dtype.element_ty, IS_COMPILED)
+    packed = tl.load(values + (block.to(tl.int64) * out_features + columns[:, None]) * WORDS + word, inside, other=0)
+    weights = unpack_nibbles(packed, out.dtype.element_ty, IS_COMPILED)
     own = tl.load(scale + of_group, columns < out_features, other=0.0).to(tl.float32)[:, None]
-    low, high = low.to(tl.float32), high.to(tl.float32)
     if HAS_ZERO:
         offset = tl.load(zero + of_group, columns < out_features, other=0).to(tl.float32)[:, None]
-        low, high = low - offset, high - offset
-    to = out + columns.to(tl.int64)[:, None] * (num_blocks * 2 * HALF) + block * (2 * HALF) + half
-    tl.store(to, (low * own).to(out.dtype.element_ty), inside)
-    tl.store(to + HALF, (high * own).to(out.dtype.element_ty), inside)
+    to = out + columns.to(tl.int64)[:, None] * (num_blocks * NIBBLES * WORDS) + block * (NIBBLES * WORDS) + word
+    for nibble in tl.static_range(NIBBLES):
+        weight = weights[nibble].to(tl.float32)
+        if HAS_ZERO:
+            weight -= offset
+        tl.store(to + nibble * WORDS, (weight * own).to(out.dtype.element_ty), inside)
 
 
 def int4_floats(weight: Int4Blocks, dtype: torch.dtype) -> torch.Tensor:
     """`dequantize_int4_blocks` in one pass."""
-    num_blocks, out_features, half = weight.values.shape
-    out = torch.empty(out_features, num_blocks * 2 * half, dtype=dtype, device=weight.values.device)
+    num_blocks, out_features, words = weight.values.shape
+    in_features = num_blocks * words * weight.nibbles
+    out = torch.empty(out_features, in_features, dtype=dtype, device=weight.values.device)
     _int4_floats_kernel[(num_blocks, triton.cdiv(out_features, 64))](
         weight.values,
         weight.scale,
@@ -243,7 +289,8 @@ def int4_floats(weight: Int4Blocks, dtype: torch.dtype) -> torch.Tensor:
         out,
         out_features,
         num_blocks,
-        HALF=half,
+        WORDS=words,
+        NIBBLES=weight.nibbles,
         GROUP_BLOCKS=num_blocks // weight.scale.shape[0],
         HAS_ZERO=weight.zero is not None,
         OUTPUTS=64,

@@ -14,8 +14,9 @@ import torch
 from powertrain.kernels.attention import AttentionStep, LayerCache, entries
 from powertrain.kernels.fused import silu_mul
 from powertrain.kernels.gpu.decode_attention import DecodeConfig, decode_attention, split_decodes
+from powertrain.kernels.gpu.int4_matmul import int4_product
 from powertrain.kernels.gpu.launch import num_processors
-from powertrain.kernels.gpu.quantized import QuantizedConfig, int4_product, matrix_product
+from powertrain.kernels.gpu.quantized import QuantizedConfig, matrix_product
 from powertrain.kernels.quantized import FLOAT8_BLOCK, Int4Blocks
 
 ROWS = 128

@@ -1,7 +1,6 @@
-"""Triton products of few rows with 4-bit and 8-bit weights, which become floats in registers on their way.
+"""Triton products of few rows with 8-bit weights, which become floats in registers on their way and pass through once.
 
-The weights pass through once. 4 bits: the integers of one group of inputs are multiplied as they are and the sum takes
-the group's scale, so that a weight costs no more than its unpacking.
+What products with 4-bit weights (`int4_matmul.py`) share with them stands here too.
 """
 
 from __future__ import annotations
@@ -13,18 +12,12 @@ import triton
 import triton.language as tl
 
 from powertrain.kernels.fused import silu_mul
-from powertrain.kernels.gpu.conversions import (
-    byte_floats,
-    int4_floats,
-    quantize_rows,
-    unpack_int4,
-    widen_bytes,
-)
-from powertrain.kernels.gpu.launch import LINE_BYTES, launch_options, lines_ahead, prefetch, prefetch_rows, wait_turn
+from powertrain.kernels.gpu.conversions import byte_floats, quantize_rows, widen_bytes
+from powertrain.kernels.gpu.launch import launch_options, lines_ahead, prefetch_rows, wait_turn
 from powertrain.kernels.gpu.rounded_matmul import rounded_linear
 from powertrain.kernels.gpu.splits import sum_splits
 from powertrain.kernels.gpu.tuned_table import measured
-from powertrain.kernels.quantized import FLOAT8_BLOCK, MAX_UNROUNDED_ROWS, Int4Blocks
+from powertrain.kernels.quantized import FLOAT8_BLOCK, MAX_UNROUNDED_ROWS
 
 MAX_ROWS = 256
 """More rows are bound by arithmetic: then the weights are made floats once and the library multiplies."""
@@ -45,7 +38,7 @@ class QuantizedConfig(NamedTuple):
 
 
 @triton.jit
-def _add_product(weight, x, acc, SWAPS: tl.constexpr, PRECISION: tl.constexpr):
+def add_product(weight, x, acc, SWAPS: tl.constexpr, PRECISION: tl.constexpr):
     """acc + the product of weight [outputs, inputs] and x [rows, inputs], as [outputs, rows] or [rows, outputs]."""
     if SWAPS:
         return tl.dot(weight, tl.trans(x), acc, input_precision=PRECISION)
@@ -54,7 +47,7 @@ def _add_product(weight, x, acc, SWAPS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _zeros(ROWS: tl.constexpr, OUTPUTS: tl.constexpr, SWAPS: tl.constexpr):
+def zero_sums(ROWS: tl.constexpr, OUTPUTS: tl.constexpr, SWAPS: tl.constexpr):
     if SWAPS:
         return tl.zeros((OUTPUTS, ROWS), tl.float32)
     else:
@@ -62,7 +55,7 @@ def _zeros(ROWS: tl.constexpr, OUTPUTS: tl.constexpr, SWAPS: tl.constexpr):
 
 
 @triton.jit
-def _by_output(scale, SWAPS: tl.constexpr):
+def by_output(scale, SWAPS: tl.constexpr):
     if SWAPS:
         return scale[:, None]
     else:
@@ -70,7 +63,7 @@ def _by_output(scale, SWAPS: tl.constexpr):
 
 
 @triton.jit
-def _store(out, acc, rows, columns, num_rows, out_features, SWAPS: tl.constexpr):
+def store_sums(out, acc, rows, columns, num_rows, out_features, SWAPS: tl.constexpr):
     at = out + tl.program_id(1) * num_rows * out_features
     if SWAPS:
         acc = tl.trans(acc)
@@ -79,115 +72,11 @@ def _store(out, acc, rows, columns, num_rows, out_features, SWAPS: tl.constexpr)
 
 
 @triton.jit
-def _gate(gate, up, dtype: tl.constexpr):
+def gate_sums(gate, up, dtype: tl.constexpr):
     """silu(gate) * up, rounded where the product and the activation would be, were they apart."""
     gate = gate.to(dtype).to(tl.float32)
     silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
     return silu * up.to(dtype).to(tl.float32)
-
-
-@triton.jit
-def _int4_part(
-    values,
-    scale,
-    zero,
-    low_x,
-    high_x,
-    HAS_ZERO: tl.constexpr,
-    ROWS: tl.constexpr,
-    SWAPS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    IS_COMPILED: tl.constexpr,
-):
-    """What one block of inputs adds: `values` points to bytes [outputs, half]; scale, zero: one an output."""
-    packed = tl.load(values, eviction_policy="evict_first")
-    low, high = unpack_int4(packed, low_x.dtype, IS_COMPILED)
-    if HAS_ZERO:
-        offset = zero.to(low_x.dtype)[:, None]
-        low, high = low - offset, high - offset
-    part = _add_product(low, low_x, _zeros(ROWS, packed.shape[0], SWAPS), SWAPS, PRECISION)
-    part = _add_product(high, high_x, part, SWAPS, PRECISION)
-    return part * _by_output(scale.to(tl.float32), SWAPS)
-
-
-@triton.jit
-def _of_group(scale, zero, at, HAS_ZERO: tl.constexpr):
-    """The scales of a block's outputs, and the zero points or the scales again."""
-    own = tl.load(scale + at)
-    if HAS_ZERO:
-        return own, tl.load(zero + at)
-    else:
-        return own, own
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _int4_kernel(
-    x,
-    values,
-    scale,
-    zero,
-    out,
-    num_rows,
-    out_features,
-    num_blocks,
-    x_stride,
-    HALF: tl.constexpr,
-    GROUP_BLOCKS: tl.constexpr,
-    HAS_ZERO: tl.constexpr,
-    ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    SWAPS: tl.constexpr,
-    GATED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    IS_COMPILED: tl.constexpr,
-    BLOCKS_AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    rows = tl.arange(0, ROWS)
-    half = tl.arange(0, HALF)
-    turns = tl.cdiv(num_blocks, tl.num_programs(1))
-    first = tl.program_id(1) * turns
-    end = tl.minimum(first + turns, num_blocks)
-    # outputs past the end read the last one again: no mask in the loop
-    column = tl.minimum(columns, out_features - 1)
-    all_outputs = out_features * 2 if GATED else out_features
-    stride = all_outputs.to(tl.int64) * HALF
-    own = values + column[:, None] * HALF
-    if BLOCKS_AHEAD > 0:
-        # the weights are older than any kernel under way: the first can come while it still runs
-        at = values + tl.minimum(tl.program_id(0) * OUTPUTS, out_features - OUTPUTS) * HALF
-        blocks = tl.minimum(first + tl.arange(0, BLOCKS_AHEAD), end - 1)[:, None] * stride
-        lines = tl.arange(0, OUTPUTS * HALF // LINE_BYTES)[None, :] * LINE_BYTES
-        prefetch(at + blocks + lines)
-        if GATED:
-            prefetch(at + out_features * HALF + blocks + lines)
-    wait_turn(PDL)
-    x_at = x + tl.minimum(rows, num_rows - 1)[:, None] * x_stride + half[None, :]
-    acc = _zeros(ROWS, OUTPUTS, SWAPS)
-    up = _zeros(ROWS, OUTPUTS, SWAPS)
-    # scales are too small for the pipeline's asynchronous copies: each turn begins with the loads of the next one's
-    at = first // GROUP_BLOCKS * all_outputs + column
-    scales, zeros = _of_group(scale, zero, at, HAS_ZERO)
-    up_scales, up_zeros = scales, zeros
-    if GATED:
-        up_scales, up_zeros = _of_group(scale, zero, at + out_features, HAS_ZERO)
-    for block in range(first, end):
-        at = tl.minimum(block + 1, end - 1) // GROUP_BLOCKS * all_outputs + column
-        next_scales, next_zeros = _of_group(scale, zero, at, HAS_ZERO)
-        packed = own + half[None, :] + block * stride
-        low_x = tl.load(x_at + block * (2 * HALF))
-        high_x = tl.load(x_at + block * (2 * HALF) + HALF)
-        acc += _int4_part(packed, scales, zeros, low_x, high_x, HAS_ZERO, ROWS, SWAPS, PRECISION, IS_COMPILED)
-        scales, zeros = next_scales, next_zeros
-        if GATED:
-            next_scales, next_zeros = _of_group(scale, zero, at + out_features, HAS_ZERO)
-            packed += out_features * HALF
-            up += _int4_part(packed, up_scales, up_zeros, low_x, high_x, HAS_ZERO, ROWS, SWAPS, PRECISION, IS_COMPILED)
-            up_scales, up_zeros = next_scales, next_zeros
-    if GATED:
-        acc = _gate(acc, up, x.dtype.element_ty)
-    _store(out, acc, rows, columns, num_rows, out_features, SWAPS)
 
 
 @triton.jit
@@ -207,10 +96,10 @@ def _matrix_part(
     weight = tl.load(values, inside, other=0.0, eviction_policy="evict_first")
     weight = widen_bytes(weight, x.dtype, IS_COMPILED)
     if HAS_BLOCKS:
-        part = _add_product(weight, x, _zeros(ROWS, weight.shape[0], SWAPS), SWAPS, PRECISION)
-        return acc + part * _by_output(tl.load(scale), SWAPS)
+        part = add_product(weight, x, zero_sums(ROWS, weight.shape[0], SWAPS), SWAPS, PRECISION)
+        return acc + part * by_output(tl.load(scale), SWAPS)
     else:
-        return _add_product(weight, x, acc, SWAPS, PRECISION)
+        return add_product(weight, x, acc, SWAPS, PRECISION)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -256,8 +145,8 @@ def _matrix_kernel(
             prefetch_rows(own + half, first, in_features, LINES)
     wait_turn(PDL)
     x_at = x + tl.minimum(rows, num_rows - 1)[:, None] * x_stride + inputs[None, :]
-    acc = _zeros(ROWS, OUTPUTS, SWAPS)
-    up = _zeros(ROWS, OUTPUTS, SWAPS)
+    acc = zero_sums(ROWS, OUTPUTS, SWAPS)
+    up = zero_sums(ROWS, OUTPUTS, SWAPS)
     for start in range(first, last, INPUTS):
         inside = (start + inputs < end)[None, :]
         a = tl.load(x_at + start, inside, other=0.0)
@@ -269,25 +158,12 @@ def _matrix_kernel(
             of_block = scale + (column + out_features) // INPUTS * num_turns + start // INPUTS
             up = _matrix_part(at + half, of_block, a, up, inside, HAS_BLOCKS, ROWS, SWAPS, PRECISION, IS_COMPILED)
     if HAS_SCALE and not HAS_BLOCKS:
-        acc *= _by_output(tl.load(scale + column), SWAPS)
+        acc *= by_output(tl.load(scale + column), SWAPS)
         if GATED:
-            up *= _by_output(tl.load(scale + out_features + column), SWAPS)
+            up *= by_output(tl.load(scale + out_features + column), SWAPS)
     if GATED:
-        acc = _gate(acc, up, x.dtype.element_ty)
-    _store(out, acc, rows, columns, num_rows, out_features, SWAPS)
-
-
-def int4_linear(x: torch.Tensor, weight: Int4Blocks, is_gated: bool, keeps_pieces: bool = False) -> torch.Tensor:
-    """`kernels.quantized.int4_blocks_linear`."""
-    num_rows = x.shape[0]
-    if is_gated and num_rows > MAX_GATED_ROWS:
-        return silu_mul(int4_linear(x, weight, False))
-    if num_rows > MAX_ROWS:
-        return torch.nn.functional.linear(x, int4_floats(weight, x.dtype))
-    num_blocks, all_outputs, _ = weight.values.shape
-    out_features = all_outputs // 2 if is_gated else all_outputs
-    config = config_for("int4", x, out_features, num_blocks, is_gated)
-    return int4_product(x, weight, config, is_gated, keeps_pieces)
+        acc = gate_sums(acc, up, x.dtype.element_ty)
+    store_sums(out, acc, rows, columns, num_rows, out_features, SWAPS)
 
 
 def float8_linear(
@@ -334,41 +210,6 @@ def byte_linear(
     return matrix_product(x, values, scale, config, is_gated, keeps_pieces)
 
 
-def int4_product(
-    x: torch.Tensor, weight: Int4Blocks, config: QuantizedConfig, is_gated: bool = False, keeps_pieces: bool = False
-) -> torch.Tensor:
-    """x [rows <= 256, in] times the transposed matrix; `is_gated` as in `gated_linear`, in one split.
-
-    `keeps_pieces`: the result of several splits is float32 [splits, rows, out], which are still to be summed.
-    """
-    num_rows = x.shape[0]
-    num_blocks, all_outputs, half = weight.values.shape
-    out_features = all_outputs // 2 if is_gated else all_outputs
-    out, target = _targets(x, out_features, config.splits)
-    grid = (triton.cdiv(out_features, config.outputs), config.splits)
-    # a program's bytes of a block lie in a row; where it has fewer outputs than that it asks for none
-    lines = lines_ahead(config.outputs * (2 if is_gated else 1), x.device) if out_features >= config.outputs else 0
-    _int4_kernel[grid](
-        x,
-        weight.values,
-        weight.scale,
-        weight.zero if weight.zero is not None else weight.values,
-        target,
-        num_rows,
-        out_features,
-        num_blocks,
-        x.stride(0),
-        HALF=half,
-        GROUP_BLOCKS=num_blocks // weight.scale.shape[0],
-        HAS_ZERO=weight.zero is not None,
-        OUTPUTS=config.outputs,
-        GATED=is_gated,
-        BLOCKS_AHEAD=lines * LINE_BYTES.value // half,
-        **_shared_options(x, config),
-    )
-    return target if config.splits == 1 or keeps_pieces else sum_splits(target, out)
-
-
 def matrix_product(
     x: torch.Tensor,
     values: torch.Tensor,
@@ -380,11 +221,12 @@ def matrix_product(
     """x [rows <= 256, in] times the transposed values [out, in]: int8, float8_e4m3fn, or x's dtype.
 
     scale: float32 [out], or [out / 128, in / 128] rounded up, or None. `is_gated` as in `gated_linear`, in one split;
-    `keeps_pieces` as in `int4_product`.
+    `keeps_pieces`: the result of several
+    splits is float32 [splits, rows, out], which are still to be summed.
     """
     num_rows, in_features = x.shape
     out_features = values.shape[0] // 2 if is_gated else values.shape[0]
-    out, target = _targets(x, out_features, config.splits)
+    out, target = result_and_target(x, out_features, config.splits)
     grid = (triton.cdiv(out_features, config.outputs), config.splits)
     _matrix_kernel[grid](
         x,
@@ -402,7 +244,7 @@ def matrix_product(
         OUTPUTS=config.outputs,
         GATED=is_gated,
         LINES=lines_ahead(config.outputs * (2 if is_gated else 1), x.device),
-        **_shared_options(x, config),
+        **shared_options(x, config),
     )
     return target if config.splits == 1 or keeps_pieces else sum_splits(target, out)
 
@@ -434,7 +276,7 @@ def tile_config(x: torch.Tensor, out_features: int, *, is_gated: bool) -> Quanti
     return QuantizedConfig(*(found[field] for field in QuantizedConfig._fields))
 
 
-def _targets(x: torch.Tensor, out_features: int, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def result_and_target(x: torch.Tensor, out_features: int, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The result and what the kernel writes: the same, or float32 [splits, rows, out] whose sum it is."""
     out = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
     if splits == 1:
@@ -442,7 +284,7 @@ def _targets(x: torch.Tensor, out_features: int, splits: int) -> tuple[torch.Ten
     return out, torch.empty(splits, *out.shape, dtype=torch.float32, device=x.device)
 
 
-def _shared_options(x: torch.Tensor, config: QuantizedConfig) -> dict[str, Any]:
+def shared_options(x: torch.Tensor, config: QuantizedConfig) -> dict[str, Any]:
     return {
         "ROWS": max(16, triton.next_power_of_2(x.shape[0])),
         "SWAPS": config.swaps,

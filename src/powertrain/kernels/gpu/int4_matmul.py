@@ -1,0 +1,200 @@
+"""Triton products of few rows with 4-bit weights, whose words become floats in registers on their way.
+
+The integers of one group of inputs are multiplied as they are and the sum takes the group's scale (Frantar et al. 2024,
+arXiv 2408.11743), so that a weight costs no more than its unpacking. At few rows instructions bound the product before
+the memory does: a word's nibbles stand for inputs so far apart that each makes, with the same nibble of the word beside
+it, one register as the tensor cores want it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from powertrain.kernels.fused import silu_mul
+from powertrain.kernels.gpu.conversions import int4_floats, unpack_nibbles
+from powertrain.kernels.gpu.launch import LINE_BYTES, lines_ahead, prefetch, wait_turn
+from powertrain.kernels.gpu.quantized import (
+    MAX_GATED_ROWS,
+    MAX_ROWS,
+    QuantizedConfig,
+    add_product,
+    by_output,
+    config_for,
+    gate_sums,
+    result_and_target,
+    shared_options,
+    store_sums,
+    zero_sums,
+)
+from powertrain.kernels.gpu.splits import sum_splits
+from powertrain.kernels.quantized import Int4Blocks
+
+
+@triton.jit
+def _part(
+    values,
+    scale,
+    zero,
+    inputs,
+    HAS_ZERO: tl.constexpr,
+    ROWS: tl.constexpr,
+    SWAPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    IS_COMPILED: tl.constexpr,
+):
+    """What one block of inputs adds: `values` points to words [outputs, words]; scale, zero: one an output.
+
+    `inputs`: for each nibble of a word those that it multiplies, [rows, words].
+    """
+    packed = tl.load(values, eviction_policy="evict_first")
+    weights = unpack_nibbles(packed, inputs[0].dtype, IS_COMPILED)
+    part = zero_sums(ROWS, packed.shape[0], SWAPS)
+    for nibble in tl.static_range(len(inputs)):
+        weight = weights[nibble]
+        if HAS_ZERO:
+            weight -= zero.to(weight.dtype)[:, None]
+        part = add_product(weight, inputs[nibble], part, SWAPS, PRECISION)
+    return part * by_output(scale.to(tl.float32), SWAPS)
+
+
+@triton.jit
+def _load_inputs(x, WORDS: tl.constexpr, NIBBLES: tl.constexpr):
+    """The inputs of a block, which `x` points to the first word's of, by the nibble that they multiply."""
+    if NIBBLES == 4:
+        return tl.load(x), tl.load(x + WORDS), tl.load(x + 2 * WORDS), tl.load(x + 3 * WORDS)
+    else:
+        return tl.load(x), tl.load(x + WORDS)
+
+
+@triton.jit
+def _of_group(scale, zero, at, HAS_ZERO: tl.constexpr):
+    """The scales of a block's outputs, and the zero points or the scales again."""
+    own = tl.load(scale + at)
+    if HAS_ZERO:
+        return own, tl.load(zero + at)
+    else:
+        return own, own
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _kernel(
+    x,
+    values,
+    scale,
+    zero,
+    out,
+    num_rows,
+    out_features,
+    num_blocks,
+    x_stride,
+    WORDS: tl.constexpr,
+    NIBBLES: tl.constexpr,
+    GROUP_BLOCKS: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    SWAPS: tl.constexpr,
+    GATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    IS_COMPILED: tl.constexpr,
+    BLOCKS_AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    rows = tl.arange(0, ROWS)
+    word = tl.arange(0, WORDS)
+    turns = tl.cdiv(num_blocks, tl.num_programs(1))
+    first = tl.program_id(1) * turns
+    end = tl.minimum(first + turns, num_blocks)
+    # outputs past the end, where there are any, read the last one again: no mask in the loop
+    column = columns if IS_WHOLE else tl.minimum(columns, out_features - 1)
+    all_outputs = out_features * 2 if GATED else out_features
+    stride = all_outputs.to(tl.int64) * WORDS
+    own = values + column[:, None] * WORDS
+    if BLOCKS_AHEAD > 0:
+        # the weights are older than any kernel under way: the first can come while it still runs
+        line: tl.constexpr = LINE_BYTES // (values.dtype.element_ty.primitive_bitwidth // 8)
+        at = values + tl.minimum(tl.program_id(0) * OUTPUTS, out_features - OUTPUTS) * WORDS
+        blocks = tl.minimum(first + tl.arange(0, BLOCKS_AHEAD), end - 1)[:, None] * stride
+        lines = tl.arange(0, OUTPUTS * WORDS // line)[None, :] * line
+        prefetch(at + blocks + lines)
+        if GATED:
+            prefetch(at + out_features * WORDS + blocks + lines)
+    wait_turn(PDL)
+    x_at = x + tl.minimum(rows, num_rows - 1)[:, None] * x_stride + word[None, :]
+    acc = zero_sums(ROWS, OUTPUTS, SWAPS)
+    up = zero_sums(ROWS, OUTPUTS, SWAPS)
+    # scales are too small for the pipeline's asynchronous copies: each turn begins with the loads of the next one's
+    at = first // GROUP_BLOCKS * all_outputs + column
+    scales, zeros = _of_group(scale, zero, at, HAS_ZERO)
+    up_scales, up_zeros = scales, zeros
+    if GATED:
+        up_scales, up_zeros = _of_group(scale, zero, at + out_features, HAS_ZERO)
+    for block in range(first, end):
+        at = tl.minimum(block + 1, end - 1) // GROUP_BLOCKS * all_outputs + column
+        next_scales, next_zeros = _of_group(scale, zero, at, HAS_ZERO)
+        packed = own + word[None, :] + block * stride
+        inputs = _load_inputs(x_at + block * (NIBBLES * WORDS), WORDS, NIBBLES)
+        acc += _part(packed, scales, zeros, inputs, HAS_ZERO, ROWS, SWAPS, PRECISION, IS_COMPILED)
+        scales, zeros = next_scales, next_zeros
+        if GATED:
+            next_scales, next_zeros = _of_group(scale, zero, at + out_features, HAS_ZERO)
+            packed += out_features * WORDS
+            up += _part(packed, up_scales, up_zeros, inputs, HAS_ZERO, ROWS, SWAPS, PRECISION, IS_COMPILED)
+            up_scales, up_zeros = next_scales, next_zeros
+    if GATED:
+        acc = gate_sums(acc, up, x.dtype.element_ty)
+    store_sums(out, acc, rows, columns, num_rows, out_features, SWAPS)
+
+
+def int4_linear(x: torch.Tensor, weight: Int4Blocks, is_gated: bool, keeps_pieces: bool = False) -> torch.Tensor:
+    """`kernels.quantized.int4_blocks_linear`."""
+    num_rows = x.shape[0]
+    if is_gated and num_rows > MAX_GATED_ROWS:
+        return silu_mul(int4_linear(x, weight, False))
+    if num_rows > MAX_ROWS:
+        return torch.nn.functional.linear(x, int4_floats(weight, x.dtype))
+    num_blocks, all_outputs, _ = weight.values.shape
+    out_features = all_outputs // 2 if is_gated else all_outputs
+    config = config_for("int4", x, out_features, num_blocks, is_gated)
+    return int4_product(x, weight, config, is_gated, keeps_pieces)
+
+
+def int4_product(
+    x: torch.Tensor, weight: Int4Blocks, config: QuantizedConfig, is_gated: bool = False, keeps_pieces: bool = False
+) -> torch.Tensor:
+    """x [rows <= 256, in] times the transposed matrix; `is_gated` as in `gated_linear`, in one split.
+
+    `keeps_pieces`: the result of several splits is float32 [splits, rows, out], which are still to be summed.
+    """
+    num_rows = x.shape[0]
+    num_blocks, all_outputs, words = weight.values.shape
+    out_features = all_outputs // 2 if is_gated else all_outputs
+    out, target = result_and_target(x, out_features, config.splits)
+    grid = (triton.cdiv(out_features, config.outputs), config.splits)
+    # a program's words of a block lie in a row; where it has fewer outputs than that it asks for none
+    lines = lines_ahead(config.outputs * (2 if is_gated else 1), x.device) if out_features >= config.outputs else 0
+    _kernel[grid](
+        x,
+        weight.values,
+        weight.scale,
+        weight.zero if weight.zero is not None else weight.values,
+        target,
+        num_rows,
+        out_features,
+        num_blocks,
+        x.stride(0),
+        WORDS=words,
+        NIBBLES=weight.nibbles,
+        GROUP_BLOCKS=num_blocks // weight.scale.shape[0],
+        HAS_ZERO=weight.zero is not None,
+        IS_WHOLE=out_features % config.outputs == 0,
+        OUTPUTS=config.outputs,
+        GATED=is_gated,
+        BLOCKS_AHEAD=lines * LINE_BYTES.value // (words * weight.values.element_size()),
+        **shared_options(x, config),
+    )
+    return target if config.splits == 1 or keeps_pieces else sum_splits(target, out)

@@ -12,18 +12,17 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from powertrain.checkpoint.safetensors_write import INDEX_FILE, write_shards
 from powertrain.types import ModelFileError, PowertrainError
 
-INDEX_FILE = "model.safetensors.index.json"
 MANIFEST_FILE = "powertrain.json"
 """Stands in every folder `write_checkpoint` made, so that an old output can be told from somebody's own files."""
 
@@ -227,7 +226,7 @@ def write_checkpoint(
 
     Everything goes to a temporary folder beside `out`, is flushed to disk and renamed: `out` is never half-written. A
     non-empty `out` is refused, unless `overwrite` is set and it is an earlier output of this function. Tensors are
-    taken one at a time and at most one shard of them is held. Raises `PowertrainError` (a full disk, a bad name).
+    taken one at a time and none is held. Raises `PowertrainError` (a full disk, a bad name).
     """
     out = Path(out).absolute()  # so that `.` has a name and a parent
     _check_target(out, overwrite)
@@ -235,7 +234,7 @@ def write_checkpoint(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
-        _write_shards(partial, tensors, max_shard_bytes)
+        write_shards(partial, tensors, max_shard_bytes)
         for name, content in _text_files(config, extra_files or {}).items():
             (partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
         for file in partial.iterdir():
@@ -268,52 +267,6 @@ def _text_files(config: Mapping[str, Any], extra_files: Mapping[str, bytes | str
             raise PowertrainError(f"{name!r} cannot be an extra file of a model folder")
     manifest = {MANIFEST_FILE: json.dumps({"written_by": "powertrain"}) + "\n"}
     return {**manifest, **extra_files, "config.json": json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n"}
-
-
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -> None:
-    weight_map: dict[str, int] = {}
-    total_bytes = num_shards = 0
-    for shard in _shards(tensors, max_shard_bytes):
-        num_shards += 1
-        save_file(shard, folder / f"{num_shards}.safetensors", metadata={"format": "pt"})
-        for name, tensor in shard.items():
-            if name in weight_map:
-                raise PowertrainError(f"two tensors are named {name}")
-            weight_map[name] = num_shards
-            total_bytes += tensor.nbytes
-        shard.clear()
-    if num_shards == 0:
-        raise PowertrainError("no tensors to write")
-    if num_shards == 1:
-        (folder / "1.safetensors").rename(folder / "model.safetensors")
-        return
-    file_names = {n: f"model-{n:05d}-of-{num_shards:05d}.safetensors" for n in range(1, num_shards + 1)}
-    for number, file_name in file_names.items():
-        (folder / f"{number}.safetensors").rename(folder / file_name)
-    index = {
-        "metadata": {"total_size": total_bytes},
-        "weight_map": {name: file_names[number] for name, number in weight_map.items()},
-    }
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _shards(tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
-    shard: dict[str, torch.Tensor] = {}
-    storages: set[int] = set()
-    shard_bytes = 0
-    for name, tensor in tensors:
-        tensor = tensor.detach().cpu().contiguous()
-        if shard and (shard_bytes + tensor.nbytes > max_shard_bytes or name in shard):
-            yield shard
-            shard, storages, shard_bytes = {}, set(), 0
-        storage = tensor.untyped_storage().data_ptr()
-        if storage in storages or tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()  # the library refuses tensors that share memory
-        storages.add(tensor.untyped_storage().data_ptr())
-        shard[name] = tensor
-        shard_bytes += tensor.nbytes
-    if shard:
-        yield shard
 
 
 def _replace(partial: Path, out: Path) -> None:

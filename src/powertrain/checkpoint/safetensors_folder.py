@@ -10,8 +10,6 @@ import errno
 import json
 import math
 import os
-import secrets
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from powertrain.checkpoint.safetensors_write import INDEX_FILE, write_shards
+from powertrain.checkpoint.unfinished import set_aside, under_way
 from powertrain.types import ModelFileError, PowertrainError
 
 MANIFEST_FILE = "powertrain.json"
@@ -230,24 +229,21 @@ def write_checkpoint(
     """
     out = Path(out).absolute()  # so that `.` has a name and a parent
     _check_target(out, overwrite)
-    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        write_shards(partial, tensors, max_shard_bytes)
-        for name, content in _text_files(config, extra_files or {}).items():
-            (partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        for file in partial.iterdir():
-            sync(file)
-        sync(partial)
-        _replace(partial, out)
-        sync(out.parent)
+        with under_way(out, is_folder=True) as partial:
+            write_shards(partial, tensors, max_shard_bytes)
+            for name, content in _text_files(config, extra_files or {}).items():
+                (partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
+            for file in partial.iterdir():
+                sync(file)
+            sync(partial)
+            _replace(partial, out)
+            sync(out.parent)
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         advice = "the disk is full: free some space or choose another folder" if full else str(error)
         raise PowertrainError(f"cannot write {out}: {advice}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
@@ -274,14 +270,8 @@ def _replace(partial: Path, out: Path) -> None:
     if not out.is_dir() or not any(out.iterdir()):
         partial.replace(out)
         return
-    old = partial.with_suffix(".old")
-    out.rename(old)
-    try:
+    with set_aside(out):
         partial.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

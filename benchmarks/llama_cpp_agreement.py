@@ -1,9 +1,9 @@
-"""Export a model to GGUF, continue the same prompts greedily with llama.cpp and with our engine, and count where they part.
+"""Export a model to GGUF, continue prompts greedily with llama.cpp and with our engine, and count where they part.
 
 llama.cpp comes from llama-cpp-python, in an environment of its own whose interpreter `--llama-python` names; without it
-nothing is measured. Beside quantized matrices llama.cpp rounds activations (so do our native kernels): the two may part
-where two tokens are nearly as likely. `behind` says how near: by how much the logit of llama.cpp's token there lies below
-that of ours, on exact activations.
+nothing is measured. Beside quantized matrices llama.cpp rounds activations, and so do our native kernels (`auto`), each
+in its own way: they part where two tokens are nearly as likely. `behind` says how near: by how much the logit of
+llama.cpp's token there lies below that of ours, as the reference kernels, which round no activation, have them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from powertrain.checkpoint.source import open_checkpoint
 from powertrain.checkpoint.tokenizer_files import load_tokenizer
 from powertrain.llm import LLM
 from powertrain.measure import record
+from powertrain.model.decoder import Decoder
 from powertrain.types import SamplingParams
 
 PROMPTS = (
@@ -71,9 +72,7 @@ def main() -> None:
         rows.append({"type": type_name, "types": dict(report.types), **row})
         print(json.dumps(rows[-1]), flush=True)
     config = {"model": options.model, "tokens": options.tokens, "prompts": PROMPTS, "llama_cpp_python": version}
-    common.write(
-        options.json, record.new_record("llama_cpp_agreement", git=options.git, config=config, results=rows)
-    )
+    common.write(options.json, record.new_record("llama_cpp_agreement", git=options.git, config=config, results=rows))
 
 
 def compare(path: Path, python: Path, count: int) -> tuple[dict[str, Any], str]:
@@ -86,18 +85,29 @@ def compare(path: Path, python: Path, count: int) -> tuple[dict[str, Any], str]:
     if done.returncode:
         raise SystemExit(done.stderr)
     answered = json.loads(done.stdout)
-    with LLM(path) as llm:
-        made = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=count))
     exact = load_model(open_checkpoint(path), "cpu", torch.float32)
-    agreed, behind = [], []
-    for prompt, output, theirs in zip(prompts, made, answered["answers"], strict=True):
-        ours = list(output.outputs[0].token_ids)
-        same = next((at for at, pair in enumerate(zip(ours, theirs, strict=False)) if len({*pair}) == 2), None)
-        agreed.append(min(len(ours), len(theirs)) if same is None else same)
-        if same is not None:
-            logits = exact.score(torch.tensor([*prompt, *ours[:same]]))[-1]
-            behind.append(round(float(logits[ours[same]] - logits[theirs[same]]), 4))
-    return {"agreed_tokens": agreed, "of_tokens": count, "behind": behind}, answered["version"]
+    row: dict[str, Any] = {"of_tokens": [len(answer) for answer in answered["answers"]]}
+    for kernels in ("auto", "reference"):
+        with LLM(path, kernels=kernels) as llm:
+            made = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=count))
+        ours = [list(output.outputs[0].token_ids) for output in made]
+        row[kernels] = _where_they_part(prompts, ours, answered["answers"], exact)
+    return row, answered["version"]
+
+
+def _where_they_part(
+    prompts: list[list[int]], ours: list[list[int]], theirs: list[list[int]], exact: Decoder
+) -> dict[str, list[float]]:
+    """Tokens until the first difference of each prompt; at each difference, how far theirs is behind ours."""
+    agreed: list[float] = []
+    behind: list[float] = []
+    for prompt, own, other in zip(prompts, ours, theirs, strict=True):
+        at = next((at for at, (one, two) in enumerate(zip(own, other, strict=False)) if one != two), None)
+        agreed.append(min(len(own), len(other)) if at is None else at)
+        if at is not None:
+            logits = exact.score(torch.tensor([*prompt, *own[:at]]))[-1]
+            behind.append(round(float(logits[own[at]] - logits[other[at]]), 4))
+    return {"agreed_tokens": agreed, "behind": behind}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ from powertrain.compress.blockwise import TOKENS_AT_ONCE, block_of
 from powertrain.compress.plan import EMBEDDING, CompressionPlan, LayerPlan
 
 FLOAT = 4
+COPIES_TO_READ = 3
+"""Float32 copies of the embedding while a GGUF file's blocks become floats; from floats to what is stored takes two."""
+
 COPIES_TO_ROUND = 6
 """Float32 copies of a matrix that rounding it makes: ranges that are tried, errors, integers, what they stand for."""
 
@@ -28,10 +31,9 @@ def memory_needed(plan: CompressionPlan, num_tokens: int) -> int:
     Model steps (rotations, AWQ, pruning) add their own, which is of the size of a block and its activations too.
     """
     streams = _streams(plan, num_tokens) if plan.recipe.is_calibrated else 0
-    table = math.prod(plan.dense.get(f"{EMBEDDING}.weight", (0,))) * (
-        FLOAT + plan.dtype.itemsize + 1
-    )  # and whether each is finite
-    head = max((_rounding(layer) for layer in plan.layers if block_of(layer.name) is None), default=0)
+    table = math.prod(plan.dense.get(f"{EMBEDDING}.weight", (0,))) * FLOAT * COPIES_TO_READ
+    heads = [layer for layer in plan.layers if block_of(layer.name) is None]
+    head = max((_rounding(layer) + FLOAT * math.prod(layer.shape) for layer in heads), default=0)
     return streams + max(table, head, _block(plan))
 
 

@@ -139,12 +139,7 @@ def judge(
         written = greedy.agreement(ours, theirs, agreement, num_prompts=num_prompts, progress=progress)
     verdicts = hold(gates, evaluation, () if answered is None else answered.tasks)
     return Judgement(
-        evaluation=evaluation,
-        tasks=answered,
-        agreement=written,
-        verdicts=verdicts,
-        overlaps=overlaps,
-        layers=layers,
+        evaluation=evaluation, tasks=answered, agreement=written, verdicts=verdicts, overlaps=overlaps, layers=layers
     )
 
 

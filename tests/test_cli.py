@@ -245,6 +245,7 @@ def test_compress_evaluate_and_roofline_on_a_real_model(run: Run, stories260k_di
     dry = run("compress", str(stories260k_dir), str(tmp_path / "none"), "--recipe", "W8A16", "--dry-run")
     assert dry[0] == 0
     assert "self_attn.q_proj" in dry[1]
+    assert dry[1].splitlines()[-1].startswith("at most about 0 MB of memory beside Python's own; more layers")
     assert not (tmp_path / "none").exists()
 
 

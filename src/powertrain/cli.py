@@ -254,6 +254,7 @@ def compress(
     """Quantize a model into a folder that this and other engines read (compressed-tensors)."""
     from powertrain.compress.driver import compress as run
     from powertrain.compress.driver import plan_compression
+    from powertrain.compress.memory import memory_line
     from powertrain.compress.recipe import MODEL_STEPS, SCHEMES
 
     chosen: str | dict[str, Any] = recipe
@@ -267,7 +268,9 @@ def compress(
             step["group_size"] = group_size if group_size == "channel" else comma_numbers("--group-size", group_size)[0]
         chosen = {"steps": [*before, step]}
     if dry_run:
-        print(plan_compression(model, chosen, dtype=dtype).table())
+        plan = plan_compression(model, chosen, dtype=dtype)
+        print(plan.table())
+        print(memory_line(plan, calibration_samples * calibration_length))
         return
     with progress_bars() as progress:
         data: Any = calibration

@@ -9,7 +9,6 @@ import typer
 
 from powertrain.cli_options import Device, DType, JsonFile, Model
 from powertrain.cli_output import progress_bars, say, write_json
-from powertrain.types import PowertrainError
 
 
 def budget(
@@ -40,6 +39,7 @@ def budget(
     """Choose the format of every layer so that a model of a given size diverges least; write it as a recipe."""
     from powertrain.compress.budget import FORMATS, Target
     from powertrain.compress.budget import budget as run
+    from powertrain.measure.record import write_text_atomically
 
     target = Target(nbytes=target_bytes, bits=target_bits, kl=target_kl)
     with progress_bars() as progress:
@@ -62,10 +62,7 @@ def budget(
             seed=seed,
             progress=progress,
         )
-    try:
-        out.write_text(found.yaml(), encoding="utf-8")
-    except OSError as error:
-        raise PowertrainError(f"cannot write {out}: {error.strerror}") from None
+    write_text_atomically(out, found.yaml())
     print(found.table())
     say(f"wrote {out}: {found.chosen.nbytes:,} bytes, predicted KL {found.chosen.kl:.6f}")
     write_json(json, found.to_dict())

@@ -26,6 +26,9 @@ def evaluate(
     chunk: Annotated[
         int | None, typer.Option(min=1, help="Score this many rows at a time: few take the products of decoding.")
     ] = None,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="Also put each layer of the candidate into the reference, alone.")
+    ] = False,
     device: Annotated[Device, typer.Option(help="Where to run.")] = "auto",
     dtype: Annotated[DType, typer.Option(help="Activation type of the candidate.")] = "auto",
     kernels: Annotated[Kernels, typer.Option(help="CPU kernels of the candidate.")] = "auto",
@@ -91,6 +94,7 @@ def evaluate(
             num_tokens=num_tokens or None,
             window=window,
             chunk=chunk,
+            per_layer=per_layer,
             tasks=task or (),
             limit=limit,
             separator=separator,
@@ -112,6 +116,9 @@ def evaluate(
     if found.evaluation is not None:
         tokens, windows = found.evaluation.num_tokens, found.evaluation.num_windows
         say(f"{tokens:,} tokens in {windows} windows; intervals are 95 %")
+    if found.layers is not None:
+        turned = "; the candidate's stream is turned back, as it is rotated" if found.layers.is_turned else ""
+        say(f"KL by part on {found.layers.num_tokens:,} tokens, at the end of the reference{turned}")
     if found.tasks is not None:
         say("tasks in percent; ± is a standard error, [] the paired 95 % interval of candidate minus reference")
         if found.tasks.num_resumed:

@@ -286,7 +286,7 @@ def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("powertrain.checkpoint.safetensors_folder.save_file", full)
+    monkeypatch.setattr("powertrain.checkpoint.safetensors_write.SafetensorsFile.close", full)
     with pytest.raises(PowertrainError, match="the disk is full"):
         write_checkpoint(tmp_path / "out", CONFIG, [("a", torch.ones(1))])
     assert not list(tmp_path.iterdir())

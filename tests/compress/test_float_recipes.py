@@ -58,6 +58,25 @@ def test_compressed_tensors_decodes_the_folder(tiny_model_dir: TinyModel, tmp_pa
         assert torch.equal(ours.weight.dequantize().bfloat16(), theirs)
 
 
+@pytest.mark.parametrize("preset", ["FP8_DYNAMIC", "NVFP4A16", "MXFP4A16", "W8A8", "W4A8"])
+def test_transformers_runs_the_folder(tiny_model_dir: TinyModel, tmp_path: Path, preset: str) -> None:
+    import transformers
+
+    step: dict[str, Any] = {"match": "Linear", "scheme": preset}
+    recipe = {"steps": [{**step, "group_size": 32} if preset == "W4A8" else step]}
+    compress(tiny_model_dir("llama3"), tmp_path / "out", recipe, dtype="bfloat16")
+    # the library decodes 4-bit floats in bfloat16 and then multiplies in nothing else
+    dtype = torch.bfloat16 if "FP4" in preset else torch.float32
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
+    ids = torch.randint(5, 300, (100,), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = theirs.eval()(ids.unsqueeze(0)).logits[0].float()
+    found = load_model(open_checkpoint(tmp_path / "out"), "cpu", dtype).score(ids)
+    original = load_model(open_checkpoint(tiny_model_dir("llama3")), "cpu", torch.float32).score(ids)
+    # activations fall either way at ties, and bfloat16 rounds: by far less than the weights were changed
+    assert (found - expected).norm() < 0.2 * (original - expected).norm()
+
+
 def test_matrices_of_one_product_share_their_divisor(tiny_model_dir: TinyModel, tmp_path: Path) -> None:
     compress(tiny_model_dir("llama"), tmp_path / "out", "NVFP4A16")
     made, prefix = open_checkpoint(tmp_path / "out"), "model.layers.0.self_attn"

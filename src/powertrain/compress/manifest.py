@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from powertrain.checkpoint.unfinished import under_way
 from powertrain.types import ModelFileError, PowertrainError
 
 MANIFEST_FILE = "powertrain.json"
@@ -29,14 +29,13 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 def update_manifest(folder: str | Path, **entries: Any) -> None:
     """Set entries of a folder's manifest (such as `evaluation`), whole or not at all."""
     file = Path(folder) / MANIFEST_FILE
-    partial = file.with_name(f".{MANIFEST_FILE}.{secrets.token_hex(4)}")
+    text = manifest_text({**read_manifest(folder), **entries})
     try:
-        partial.write_text(manifest_text({**read_manifest(folder), **entries}), encoding="utf-8")
-        partial.replace(file)
+        with under_way(file) as partial:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(file)
     except OSError as error:
         raise PowertrainError(f"cannot write {file}: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def manifest_text(manifest: Mapping[str, Any]) -> str:

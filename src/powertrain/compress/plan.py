@@ -173,7 +173,10 @@ def _fit_scheme(name: str, in_features: int, step: Step) -> Scheme:
     size = step.scheme.group_size
     if size is not None and step.group_size_fallback == "nearest" and (in_features % size or size % GROUP_SIZE_STEP):
         return replace(step.scheme, group_size=nearest_group_size(in_features, size))
-    check_group_size(name, in_features, size)
+    try:
+        check_group_size(name, in_features, size)
+    except PowertrainError as error:
+        raise PowertrainError(f"{error}; `group_size_fallback: nearest` in a recipe takes the nearest") from None
     return step.scheme
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from powertrain.checkpoint.safetensors_folder import read_header, read_json, sync
+from powertrain.checkpoint.unfinished import set_aside, under_way
 from powertrain.types import ModelFileError, PowertrainError
 
 STATE_FILE, PARAMETERS_FILE, OPTIMIZER_FILE, BEST_FILE = (
@@ -58,29 +59,27 @@ def save_state(folder: Path, saved: Saved, identity: Mapping[str, Any]) -> None:
     `identity`: what the run is (settings, hashes of data and models): only a run with the same one may go on from it.
     """
     final = folder / f"step-{saved.history.step:08d}"
-    partial = folder / f".{final.name}.{secrets.token_hex(4)}.partial"
     try:
-        partial.mkdir(parents=True)
-        _save(partial / PARAMETERS_FILE, saved.parameters)
-        _save(partial / OPTIMIZER_FILE, saved.optimizer)
-        if saved.best is not None:
-            _save(partial / BEST_FILE, saved.best)
-        text = json.dumps({"identity": dict(identity), "history": asdict(saved.history)}, indent=1, allow_nan=False)
-        (partial / STATE_FILE).write_text(text + "\n", encoding="utf-8")
-        for file in partial.iterdir():
-            sync(file)
-        sync(partial)
-        older = [path for path in _states(folder) if path != final]
-        if final.exists():  # the same step once more: its time and its end may differ
-            older.append(final.rename(folder / f".{final.name}.{secrets.token_hex(4)}.old"))
-        partial.rename(final)
-        sync(folder)
-        for path in older:
-            shutil.rmtree(path, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with under_way(final, is_folder=True) as partial:
+            _save(partial / PARAMETERS_FILE, saved.parameters)
+            _save(partial / OPTIMIZER_FILE, saved.optimizer)
+            if saved.best is not None:
+                _save(partial / BEST_FILE, saved.best)
+            text = json.dumps({"identity": dict(identity), "history": asdict(saved.history)}, indent=1, allow_nan=False)
+            (partial / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+            for file in partial.iterdir():
+                sync(file)
+            sync(partial)
+            older = [path for path in _states(folder) if path != final]
+            # the same step may be there: its time and its end may differ
+            with set_aside(final) if final.exists() else nullcontext():
+                partial.rename(final)
+            sync(folder)
+            for path in older:
+                shutil.rmtree(path, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise PowertrainError(f"cannot write the training state to {folder}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_state(folder: Path, identity: Mapping[str, Any], device: torch.device | str) -> Saved | None:

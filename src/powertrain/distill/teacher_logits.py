@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from powertrain.checkpoint.safetensors_folder import read_header, read_json, sync
+from powertrain.checkpoint.unfinished import under_way
 from powertrain.compress.plain_model import POSITIONS_AT_ONCE, PlainModel
 from powertrain.distill.batches import Batch, tokens_sha256
 from powertrain.distill.losses import Divergence, divergence_of
@@ -169,10 +169,7 @@ def _shard(folder: Path, number: int) -> Path:
 
 def _write(file: Path, write: Callable[[Path], object]) -> None:
     """Through a file beside it, so that what is there is whole."""
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-    try:
+    with under_way(file) as partial:
         write(partial)
         sync(partial)
         partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)

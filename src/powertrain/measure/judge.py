@@ -11,6 +11,7 @@ from powertrain.measure import agreement as greedy
 from powertrain.measure.evaluate import DEFAULT_NUM_TOKENS, DEFAULT_WINDOW, Evaluation, Reference
 from powertrain.measure.gates import Gate, Verdict, check_gates_can_be_held, hold
 from powertrain.measure.overlap import Overlap, find_overlap, refuse_overlaps, scored_parts, task_parts
+from powertrain.measure.per_layer import LayerDistances, check_layers_correspond, compare_layers
 from powertrain.measure.scoring import SELF, Data, Progress, data_name, read_model
 from powertrain.measure.task_data import read_tasks
 from powertrain.measure.tasks import Score, TaskEvaluation, TaskResult, evaluate_tasks
@@ -34,6 +35,7 @@ class Judgement:
     agreement: greedy.Agreement | None
     verdicts: Sequence[Verdict]
     overlaps: Sequence[Overlap] = ()
+    layers: LayerDistances | None = None
 
     @property
     def is_passed(self) -> bool:
@@ -42,6 +44,8 @@ class Judgement:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, schema 1: the evaluation's own record, or one of kind `tasks`; the parts asked for beside it."""
         record = {"schema": 1, "kind": "tasks"} if self.evaluation is None else self.evaluation.to_dict()
+        if self.layers is not None:
+            record["per_layer"] = self.layers.to_dict()
         if self.tasks is not None:
             whole = self.tasks.to_dict()
             record["tasks"] = whole["tasks"]
@@ -59,6 +63,8 @@ class Judgement:
         entries: dict[str, Any] = {}
         if self.evaluation is not None:
             entries["evaluation"] = self.evaluation.to_dict()
+        if self.layers is not None:
+            entries["per_layer"] = self.layers.to_dict()
         if self.tasks is not None:
             results = (task.to_dict() for task in self.tasks.tasks)
             entries["tasks"] = [{key: value for key, value in row.items() if key != "items"} for row in results]
@@ -69,6 +75,7 @@ class Judgement:
     def text(self) -> str:
         """Tables for a terminal."""
         parts = [] if self.evaluation is None else [evaluation_text(self.evaluation)]
+        parts += [] if self.layers is None else [self.layers.text()]
         parts += [] if self.tasks is None else [tasks_text(self.tasks.tasks)]
         parts += [] if self.agreement is None else [agreement_text(self.agreement)]
         return "\n\n".join(parts)
@@ -82,6 +89,7 @@ def judge(
     num_tokens: int | None = DEFAULT_NUM_TOKENS,
     window: int = DEFAULT_WINDOW,
     chunk: int | None = None,
+    per_layer: bool = False,
     tasks: Sequence[str | Path] = (),
     limit: int | None = None,
     separator: str | None = None,
@@ -97,17 +105,22 @@ def judge(
     allows_overlap: bool = False,
     progress: Progress | None = None,
 ) -> Judgement:
-    """Compare on text as `evaluate` (unless `data` is "none"), on tasks as `evaluate_tasks`, on greedy text of the file
-    `agreement`; hold the gates. Raises what these raise, and `PowertrainError` for a gate on what is not measured, or
-    for text or items that share runs of 13 tokens with a model's calibration, unless `allows_overlap`.
+    """Compare on text as `evaluate` (unless `data` is "none"), there `per_layer` too as `compare_layers`, on tasks as
+    `evaluate_tasks`, on greedy text of the file `agreement`; hold the gates. Raises what these raise, and
+    `PowertrainError` for a gate on what is not measured, or for text or items that share runs of 13 tokens with a
+    model's calibration, unless `allows_overlap`.
     """
     has_data = str(data) != NONE
     if not has_data and not tasks and agreement is None:
         raise PowertrainError("--data none leaves nothing to compare: give a --task or --agreement")
+    if per_layer and not has_data:
+        raise PowertrainError("--per-layer needs --data other than none")
     check_gates_can_be_held(gates, has_data=has_data, has_tasks=bool(tasks))
     theirs = read_model(reference, device=device, dtype="float32")
     ours = read_model(candidate, device=device, dtype=dtype, kernels=kernels, kv_cache_dtype=kv_cache_dtype)
-    evaluation = answered = written = None
+    if per_layer:
+        check_layers_correspond(ours, theirs)
+    evaluation = answered = written = layers = None
     models, overlaps = (ours, theirs), []
     for task in read_tasks(tasks):
         overlaps += find_overlap(task.name, task_parts(task.first_by_hash(limit), theirs, separator), models)
@@ -117,6 +130,7 @@ def judge(
         overlaps += find_overlap(data_name(data), scored_parts(against.windows), models)
         refuse_overlaps(overlaps, allows_overlap)
         evaluation = against.compare(ours, chunk=chunk, progress=progress)
+        layers = compare_layers(ours, theirs, against.windows, progress=progress) if per_layer else None
     if tasks:
         answered = evaluate_tasks(
             ours, theirs, tasks, limit=limit, separator=separator, journal=journal, seed=seed, progress=progress
@@ -124,7 +138,9 @@ def judge(
     if agreement is not None:
         written = greedy.agreement(ours, theirs, agreement, num_prompts=num_prompts, progress=progress)
     verdicts = hold(gates, evaluation, () if answered is None else answered.tasks)
-    return Judgement(evaluation=evaluation, tasks=answered, agreement=written, verdicts=verdicts, overlaps=overlaps)
+    return Judgement(
+        evaluation=evaluation, tasks=answered, agreement=written, verdicts=verdicts, overlaps=overlaps, layers=layers
+    )
 
 
 def evaluation_text(found: Evaluation) -> str:

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from powertrain.checkpoint.unfinished import under_way
 from powertrain.config import physical_cores
 from powertrain.types import PowertrainError
 
@@ -123,19 +123,15 @@ def write_record(path: str | Path, record: Mapping[str, Any]) -> Path:
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Write through a temporary file beside `path` and rename it. Raises `PowertrainError` naming the file."""
-    temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        with under_way(path) as temporary:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise PowertrainError(f"cannot write {path}: {error.strerror or error}") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -106,13 +107,31 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, token_ids: torch.Tensor, step: AttentionStep, cache: KVCache) -> torch.Tensor:
         """token_ids: int64 [tokens] of this step. Writes their keys and values, returns hidden [tokens, hidden]."""
-        x = self.embedding.index_select(0, token_ids)
+        x = self.embedded(token_ids)
         rope = self.rope.at(step.positions)
         delta: torch.Tensor | None = None
         with attention_backends(x.device), self._providers():
             for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
                 delta = block(x, delta, rope, layer_cache, step)
         return x if delta is None else x.add_(sum_pieces(delta, x))
+
+    def embedded(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The stream [tokens, hidden] before the first block; token_ids: int64 [tokens]."""
+        return self.embedding.index_select(0, token_ids)
+
+    @torch.inference_mode()
+    def after_block(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """The stream [tokens, hidden] of one whole sequence after a block, x before it: for judges, op by op.
+
+        Keys and values stay as they are computed, whatever `kv_cache_dtype` says.
+        """
+        block_size = 16
+        step = AttentionStep.of_one(0, len(x), block_size, x.device)
+        cache = KVCache(replace(self.config, num_layers=1), -(-len(x) // block_size), block_size, x.device, x.dtype)
+        x = x.clone()
+        with attention_backends(x.device), self._providers():
+            delta = self.blocks[index](x, None, self.rope.at(step.positions), cache.layers[0], step)
+        return x.add_(sum_pieces(delta, x))
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

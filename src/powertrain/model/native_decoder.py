@@ -123,6 +123,11 @@ class NativeDecoder(Decoder):
         )
         return hidden
 
+    def embedded(self, token_ids: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(token_ids.shape[0], self.config.hidden_size)
+        self._module.gather(self._team, self.packed_embedding.matrix, token_ids, out)
+        return out
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         out = torch.empty(hidden.shape[0], self.config.vocab_size)
         self._native.logits(hidden.contiguous(), out)

@@ -24,6 +24,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from powertrain.checkpoint.unfinished import is_abandoned, locked
 from powertrain.config import EngineConfig
 from powertrain.serve import messages
 from powertrain.serve.messages import FromEngine, Launch, Outputs, ToEngine
@@ -32,6 +33,7 @@ from powertrain.types import EngineInfo, EngineStats, InvalidRequest, Powertrain
 logger = logging.getLogger("powertrain.serve")
 
 WORKER_COMMAND = (sys.executable, "-m", "powertrain.serve.worker")
+PREFIX, LOCK = "powertrain-", "lock"
 MAX_IPC_PATH = 100
 """Unix sockets allow about 107 bytes of path."""
 MAX_BUFFERED_OUTPUTS = 8192
@@ -284,11 +286,25 @@ class EngineClient:
 def _private_directory() -> Iterator[str]:
     """A new directory that only this user may enter, with a path short enough for a socket; removed afterwards."""
     base = tempfile.gettempdir()
-    directory = tempfile.mkdtemp(prefix="powertrain-", dir=base if len(base) < MAX_IPC_PATH - 40 else "/tmp")
+    base = base if len(base) < MAX_IPC_PATH - 40 else "/tmp"
+    _remove_abandoned(Path(base))
+    directory = tempfile.mkdtemp(prefix=PREFIX, dir=base)
     try:
-        yield directory
+        unlocked = Path(directory) / "unlocked"
+        unlocked.touch()
+        with locked(unlocked):
+            unlocked.rename(Path(directory) / LOCK)
+            yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _remove_abandoned(base: Path) -> None:
+    """Remove the directories of servers that were killed: their locks went with them."""
+    for lock in base.glob(f"{PREFIX}*/{LOCK}"):
+        with contextlib.suppress(OSError):  # another start may be at it
+            if lock.stat().st_uid == os.getuid() and is_abandoned(lock):
+                shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -69,6 +69,7 @@ def trainer(
         Batch(tokens(24 * 7, 1).view(-1, 24)),
         config,
         folder=own.pop("folder", None),
+        identity=own.pop("identity", None),
         compute=Compute(positions_at_once=50, processes=processes, dtype=dtype, **own),
     )
 
@@ -140,12 +141,22 @@ def out_of_step(folder: Path, processes: Processes) -> dict[str, Any]:
         time.perf_counter = kept
 
 
+def unlike(folder: Path, processes: Processes) -> str:
+    """What is said where one process is given another model."""
+    source = open_checkpoint(folder / "teacher")
+    with pytest.raises(PowertrainError) as told:
+        trainer(source, pruned(source), processes, identity={"teacher": processes.rank})
+    return str(told.value)
+
+
 def command(folder: Path, out: str, rank: int, port: int) -> dict[str, Any]:
     """What the command line does under torchrun's variables."""
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
     flags = ["--data", str(folder / "text.txt"), *FLAGS]
-    done = CliRunner().invoke(app, ["distill", str(folder / "teacher"), str(folder / "pruned"), str(folder / out), *flags])
+    done = CliRunner().invoke(
+        app, ["distill", str(folder / "teacher"), str(folder / "pruned"), str(folder / out), *flags]
+    )
     return {"output": done.output, "exit_code": done.exit_code, "is_told": isinstance(done.exception, PowertrainError)}
 
 
@@ -156,6 +167,7 @@ def worker(rank: int, folder: Path, ports: list[int]) -> None:
     found = runs(folder, processes)
     found["turns"] = taking_turns(folder, processes)
     found["clock"] = out_of_step(folder, processes)
+    found["unlike"] = unlike(folder, processes)
     distributed.destroy_process_group()
     found["command"] = command(folder, "by_two", rank, ports[1])
     found["taken"] = command(folder, "by_two", rank, ports[2])
@@ -181,7 +193,7 @@ def folder(tiny_model_dir: TinyModel, tmp_path_factory: pytest.TempPathFactory) 
     compress(teacher, folder / "two_bits", {"steps": [{"match": "Linear", "scheme": "W2A16_ASYM", "group_size": 32}]})
     lines = "".join(f"Line {n}: the {n * 7 % 13} cats met {n * 5 % 11} dogs.\n" for n in range(200))
     (folder / "text.txt").write_text(lines)
-    spawn(worker, (folder, free_ports(4)), nprocs=2)
+    spawn(worker, (folder, free_ports(4)), nprocs=2, daemon=True)
     return folder
 
 
@@ -252,6 +264,10 @@ def test_the_command_line_under_torchrun_writes_once(folder: Path, by_two: list[
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-4)
+
+
+def test_processes_that_see_other_files_are_refused(by_two: list[dict[str, Any]]) -> None:
+    assert all("one file system" in found["unlike"] for found in by_two)
 
 
 @pytest.mark.parametrize("case", ["taken", "failing"])

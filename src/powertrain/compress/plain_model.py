@@ -150,7 +150,10 @@ def load_weights(
 
 
 def load_plain_model(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype | None) -> PlainModel:
-    """A float checkpoint as a frozen model; dtype: None is the file's. Raises `ModelFileError` for a family that does not run here."""
+    """A float checkpoint as a frozen model; dtype: None is the file's.
+
+    Raises `ModelFileError` for a family that does not run here.
+    """
     return PlainModel(model_config(checkpoint.config), load_weights(checkpoint, device, dtype))
 
 

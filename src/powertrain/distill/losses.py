@@ -106,8 +106,8 @@ class _ByChunks(torch.autograd.Function):
         if hidden_grad is not None and head_grad is not None:
             ctx.save_for_backward(hidden_grad, head_grad)
             ctx.head_dtype = head.dtype
-        ctx.num_rows = max(1, len(hidden))
-        return total / ctx.num_rows
+        ctx.num_rows = num_rows = max(1, len(hidden))
+        return total / num_rows
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:

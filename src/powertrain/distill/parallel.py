@@ -7,6 +7,7 @@ schedule know nothing of that: with any number of processes a run is the same up
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import distributed, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from powertrain.compress.blockwise import block_of
@@ -71,14 +73,25 @@ class Processes:
         """The mean of what each has, float64 on the CPU: the same bits at all. One process has its own back."""
         if self.size == 1:
             return values
-        own = values.detach().cpu().double()
-        parts = [torch.empty_like(own) for _ in range(self.size)]
-        distributed.all_gather(parts, own)
-        return torch.stack(parts).mean(0)
+        return self._gathered(values.detach().cpu().double()).mean(0)
 
     def meet(self) -> None:
         """Wait until all are here."""
         self.mean(torch.zeros(()))
+
+    def check_alike(self, what: str) -> None:
+        """Raises `PowertrainError` at all of them where one is given another text."""
+        if self.size == 1:
+            return
+        digests = self._gathered(torch.tensor(list(hashlib.sha256(what.encode()).digest())))
+        if not bool((digests == digests[0]).all()):
+            raise PowertrainError("the processes do not see the same models, text and state: give them one file system")
+
+    def _gathered(self, own: torch.Tensor) -> torch.Tensor:
+        """[size, ..] of a tensor on the CPU."""
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        distributed.all_gather(parts, own)
+        return torch.stack(parts)
 
     def share(self, batch: Batch) -> Share:
         """This process's windows of a batch that all of them have.
@@ -136,7 +149,7 @@ def launched(device_type: str) -> Iterator[Processes]:
     if not (distributed.is_available() and distributed.is_torchelastic_launched()):
         yield ALONE
         return
-    store, rank, size = next(distributed.rendezvous("env://"))
+    store, rank, size = next(rendezvous("env://"))
     try:
         _take_device(device_type, distributed.get_node_local_rank())
         backend = "gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:nccl"
@@ -146,7 +159,8 @@ def launched(device_type: str) -> Iterator[Processes]:
         if not _is_first_failure(store):
             sys.exit(1)
         if _is_lost_connection(error):
-            raise PowertrainError(f"process {rank} of {size} lost another one, which ended: {error}") from error
+            ended = f"process {rank} of {size} lost another one, which ended without a word (killed, or out of memory)"
+            raise PowertrainError(f"{ended}: run the same command again to go on from the last state") from error
         raise
     distributed.destroy_process_group()
 
@@ -191,10 +205,12 @@ class Group(nn.Module):
         for name, tensor in tensors.items():
             # torch takes a dot for a module within
             self.register_parameter(name.replace(".", "/"), nn.Parameter(tensor, requires_grad=is_trained))
+        self.blocks = nn.ModuleList()
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self, *, has_blocks: bool = False) -> dict[str, torch.Tensor]:
         """By name: parts outside of a call, whole inside."""
-        return {name.replace("/", "."): tensor for name, tensor in self.named_parameters(recurse=False)}
+        found = self.named_parameters(recurse=has_blocks)
+        return {name.rpartition(".")[2].replace("/", "."): tensor for name, tensor in found}
 
     def forward(self, use: Callable[..., T], *inputs: torch.Tensor) -> T:
         return use(self.tensors(), *inputs)
@@ -213,7 +229,7 @@ class ShardedModel(PlainModel):
         recomputes: bool = False,
         turns: dict[int, Rotations] | None = None,
     ) -> None:
-        """groups: what is outside of blocks; its modules are the blocks'."""
+        """groups: what is outside of blocks, with the groups of the blocks in it."""
         super().__init__(config, {}, run=run, recomputes=recomputes, turns=turns)
         self._groups, self._weights_of = groups, weights_of
 
@@ -237,23 +253,20 @@ class ShardedModel(PlainModel):
             again: torch.Tensor = recomputed(run, parameters, x, use_reentrant=False)
             return again
 
-        result: torch.Tensor = self._groups.get_submodule(str(index))(inside, x)
+        result: torch.Tensor = self._groups.blocks[index](inside, x)
         return result
 
 
 class ShardedStudent(Student):
     """A student of whose float32 parameters each process keeps a part; they are taken from `student` one by one."""
 
-    def __init__(
-        self, student: Student, processes: Processes, device: torch.device | str, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, student: Student, processes: Processes, device: torch.device | str, dtype: torch.dtype) -> None:
         # what is only cast may be gathered as what it is cast to
         gathered = dtype if student.are_weights and dtype != torch.float32 else None
         self.groups = _sharded(
             student.parameters, student.config.num_layers, processes, device, torch.float32, gathered, is_trained=True
         )
-        groups = [self.groups, *self.groups.children()]
-        parameters = {name: tensor for group in groups for name, tensor in group.tensors().items()}  # type: ignore
+        parameters = self.groups.tensors(has_blocks=True)
         super().__init__(student.config, parameters, student.weights, student.stored, student.are_weights)
 
     def model(self, dtype: torch.dtype, *, run: RunBlock = run_block, recomputes: bool = False) -> PlainModel:
@@ -310,7 +323,7 @@ def _sharded(
 
     outermost = group(None)
     for index in range(num_layers):
-        outermost.add_module(str(index), sharded(group(index)))
+        outermost.blocks.append(sharded(group(index)))
     return sharded(outermost)
 
 

@@ -19,10 +19,10 @@ from powertrain.checkpoint.source import Checkpoint, open_checkpoint
 from powertrain.checkpoint.tokenizer_files import hugging_face_files, load_tokenizer
 from powertrain.compress.calibrate import NgramFilter
 from powertrain.compress.manifest import MANIFEST_FILE, manifest_text, weights_sha256
-from powertrain.compress.plain_model import PlainModel, load_plain_model
+from powertrain.compress.plain_model import load_plain_model
 from powertrain.distill.batches import Batch, WindowBatches, split_off, tokens_sha256
+from powertrain.distill.parallel import sharded_teacher
 from powertrain.distill.quantized_student import Trains, quantized_student
-from powertrain.distill.parallel import Processes, sharded_teacher
 from powertrain.distill.state import History
 from powertrain.distill.student import Student, dense_student
 from powertrain.distill.teacher_logits import store_teacher_logits
@@ -122,23 +122,14 @@ def distill(
         "student": weights_sha256(pupil.path),
         "held_out": tokens_sha256(windows),
     }
-    if top_k is None:
-        teaching, watched = _live(source, compute), Batch(windows)
-    else:
-        frozen = load_plain_model(source, compute.device, compute.dtype)
-        logits = work / "teacher-logits"
-        part = (compute.processes, progress)
-        teaching, watched = _stored(frozen, batches, windows, logits, top_k, identity["teacher"], *part)
-        del frozen
+    stored: dict[str, Any] = {"top_k": top_k, "folder": work / "teacher-logits", "sha256": identity["teacher"]}
+    teaching, watched = _teaching(source, compute, batches, windows, **stored, progress=progress)
     where = {**identity, "trains": trains, "top_k": top_k}
     trainer = Trainer(teaching, trained, batches, watched, config, compute=compute, folder=work, identity=where)
     history = trainer.run(max_seconds=max_seconds, progress=progress)
-    about: dict[str, Any] = {
-        "teacher": str(teacher),
-        "student": str(student),
-        "data": [Path(file).name for file in data],
-    }
-    about |= {"text": asdict(text), "data_sha256": batches.sha256, "num_training_tokens": sum(map(len, runs))}
+    about: dict[str, Any] = {"teacher": str(teacher), "student": str(student), "text": asdict(text)}
+    about |= {"data": [Path(file).name for file in data], "data_sha256": batches.sha256}
+    about |= {"num_training_tokens": sum(map(len, runs))}
     about |= {"trains": trains, "top_k": top_k, "sha256": identity, "training_13grams_in_held_out_text": shared}
     manifest = distillation_manifest(config, history, about)
     best = trainer.best_parameters() if history.ended is not None else None
@@ -157,29 +148,27 @@ def _student(pupil: Checkpoint, source: Checkpoint, trains: Trains, compute: Com
     return dense_student(pupil, compute.device)
 
 
-def _live(source: Checkpoint, compute: Compute) -> Teacher:
-    """The teacher in memory."""
-    if compute.processes.size == 1:
-        return LiveTeacher(load_plain_model(source, compute.device, compute.dtype))
-    frozen = load_plain_model(source, "cpu", None)
-    return LiveTeacher(sharded_teacher(frozen, compute.processes, compute.device, compute.dtype))
-
-
-def _stored(
-    teacher: PlainModel,
+def _teaching(
+    source: Checkpoint,
+    compute: Compute,
     batches: WindowBatches,
     held_out: torch.Tensor,
+    *,
+    top_k: int | None,
     folder: Path,
-    top_k: int,
     sha256: str,
-    processes: Processes,
     progress: Progress | None,
 ) -> tuple[Teacher, Batch]:
-    """The teacher's stored view of all windows, and the held-out ones, which stand behind those of training."""
-    every = torch.cat((batches.windows(), held_out))
-    stored = store_teacher_logits(
-        teacher, every, folder, k=top_k, teacher_sha256=sha256, part=(processes.rank, processes.size), progress=progress
-    )
+    """The teacher in memory, or its stored view of all windows; and the held-out ones, which stand last there."""
+    processes, device, dtype = compute.processes, compute.device, compute.dtype
+    if top_k is None:
+        if processes.size == 1:
+            return LiveTeacher(load_plain_model(source, device, dtype)), Batch(held_out)
+        frozen = load_plain_model(source, "cpu", None)
+        return LiveTeacher(sharded_teacher(frozen, processes, device, dtype)), Batch(held_out)
+    every, part = torch.cat((batches.windows(), held_out)), (processes.rank, processes.size)
+    frozen = load_plain_model(source, device, dtype)
+    stored = store_teacher_logits(frozen, every, folder, k=top_k, teacher_sha256=sha256, part=part, progress=progress)
     processes.meet()  # each reads what all have stored
     return stored, Batch(held_out, keys=tuple(range(batches.num_windows, len(every))))
 

@@ -82,8 +82,8 @@ class Compute:
     """Where and how the arithmetic is done; it does not say what is trained.
 
     `recomputes`: blocks run again in the backward pass instead of keeping their activations. `run`: how a block of the
-    student runs, which may be compiled. `positions_at_once`: whose logits exist at a time. `processes`: those that share
-    the work; each calls everything that all call, in the same order.
+    student runs, which may be compiled. `positions_at_once`: whose logits exist at a time. `processes`: those that
+    share the work; each calls everything that all call, in the same order.
     """
 
     device: torch.device | str = "cpu"
@@ -132,6 +132,7 @@ class Trainer:
         saved = load_state(folder, self._identity, device if is_alone else "cpu") if folder is not None else None
         if saved is not None:
             self._restore(saved)
+        self._processes.check_alike(f"{self._identity} {self.history.step}")
 
     def run(
         self, *, max_seconds: float | None = None, save_every: float = SAVE_EVERY, progress: Progress | None = None

@@ -60,7 +60,10 @@ def distill(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
     json: JsonFile = None,
 ) -> None:
-    """Train a student to give a teacher's distributions: heals a pruned model. Interrupted, it goes on when rerun."""
+    """Train a student to give a teacher's distributions: heals a pruned model. Interrupted, it goes on when rerun.
+
+    On several GPUs: torchrun --nproc-per-node N -m powertrain distill ...
+    """
     import torch
 
     from powertrain.distill.losses import Divergence

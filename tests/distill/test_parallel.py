@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,11 +20,13 @@ from torch import distributed
 from torch.multiprocessing import spawn
 from typer.testing import CliRunner
 
+import powertrain
 from powertrain.checkpoint.safetensors_folder import write_checkpoint
 from powertrain.checkpoint.source import Checkpoint, iterate, open_checkpoint
 from powertrain.checkpoint.tokenizer_files import hugging_face_files
 from powertrain.cli import app
 from powertrain.compress import compress
+from powertrain.compress.manifest import read_manifest
 from powertrain.compress.plain_model import load_plain_model
 from powertrain.compress.prune_depth import depth_pruned
 from powertrain.distill import run as distill_run
@@ -184,8 +188,8 @@ def worker(rank: int, folder: Path, ports: list[int]) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_model_dir: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models and a text; and what two processes found, which are started once for all tests."""
+def models(tiny_model_dir: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models and a text."""
     folder, teacher = tmp_path_factory.mktemp("parallel"), tiny_model_dir("mistral")
     (folder / "teacher").symlink_to(teacher)
     smaller = depth_pruned(open_checkpoint(teacher), [0, 2])
@@ -193,8 +197,14 @@ def folder(tiny_model_dir: TinyModel, tmp_path_factory: pytest.TempPathFactory) 
     compress(teacher, folder / "two_bits", {"steps": [{"match": "Linear", "scheme": "W2A16_ASYM", "group_size": 32}]})
     lines = "".join(f"Line {n}: the {n * 7 % 13} cats met {n * 5 % 11} dogs.\n" for n in range(200))
     (folder / "text.txt").write_text(lines)
-    spawn(worker, (folder, free_ports(4)), nprocs=2, daemon=True)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(models: Path) -> Path:
+    """With what two processes found there, which are started once for all tests."""
+    spawn(worker, (models, free_ports(4)), nprocs=2, daemon=True)
+    return models
 
 
 def free_ports(num: int) -> list[int]:
@@ -276,3 +286,31 @@ def test_one_process_says_why_all_end(by_two: list[dict[str, Any]], case: str) -
     assert sum(found[case]["is_told"] for found in by_two) == 1
     if case == "failing":
         assert by_two[1][case]["is_told"]
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=pytest.mark.big),
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")],
+        ),
+    ],
+)
+def test_torchrun_begins_with_one_process_and_ends_with_two(models: Path, device: str) -> None:
+    def run(out: str, num_processes: int, *more: str) -> None:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_processes)]
+        names = [str(models / name) for name in ("teacher", "pruned", out)]
+        flags = ["--data", str(models / "text.txt"), *FLAGS[: FLAGS.index("--device")], "--device", device, *more]
+        path = {"PYTHONPATH": str(Path(powertrain.__file__).parents[1])}
+        command = [*launcher, "-m", "powertrain", "distill", *names, *flags]
+        done = subprocess.run(command, env={**os.environ, **path}, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    run("whole", 1)
+    run("in_parts", 1, "--max-seconds", "0")
+    run("in_parts", 2)
+    whole, in_parts = (read_manifest(models / name)["curve"] for name in ("whole", "in_parts"))
+    kls = [row["held_out_kl"] for row in whole]
+    assert [row["held_out_kl"] for row in in_parts] == pytest.approx(kls, rel=1e-5 if device == "cpu" else 2e-2)

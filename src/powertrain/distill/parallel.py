@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import distributed, nn
-from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from powertrain.compress.blockwise import block_of
@@ -149,6 +148,8 @@ def launched(device_type: str) -> Iterator[Processes]:
     if not (distributed.is_available() and distributed.is_torchelastic_launched()):
         yield ALONE
         return
+    from torch.distributed.rendezvous import rendezvous
+
     store, rank, size = next(rendezvous("env://"))
     try:
         _take_device(device_type, distributed.get_node_local_rank())

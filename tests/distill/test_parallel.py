@@ -38,8 +38,12 @@ from powertrain.distill.teachers import LiveTeacher
 from powertrain.distill.trainer import Compute, TrainConfig, Trainer, hidden_pairs
 from powertrain.types import PowertrainError
 
+# the processes import torch anew: ten seconds, but more where a machine has much else to do
+pytestmark = pytest.mark.timeout(400)
+
 TinyModel = Callable[[str], Path]
-CONFIG = TrainConfig(steps=3, learning_rate=2e-3, warmup=0.2, evaluate_every=2)
+CONFIG = TrainConfig(steps=2, learning_rate=2e-3, warmup=0.2, evaluate_every=2)
+LONGER = replace(CONFIG, steps=3)
 HIDDEN = replace(CONFIG, hidden_weight=0.5, hidden_pairs=hidden_pairs((0, 1), 3))
 FLAGS = ["--steps", "2", "--length", "32", "--batch-size", "3", "--evaluate-every", "2", "--device", "cpu"]
 FLAGS += ["--dtype", "float32", "--top-k", "16"]
@@ -92,7 +96,7 @@ def runs(folder: Path, processes: Processes) -> dict[str, dict[str, Any]]:
     """What is trained by one process and by two, to be compared."""
     source, two_bits = open_checkpoint(folder / "teacher"), open_checkpoint(folder / "two_bits")
     found = {
-        "dense": trainer(source, pruned(source), processes),
+        "dense": trainer(source, pruned(source), processes, LONGER),
         "hidden, one window": trainer(source, pruned(source), processes, HIDDEN, recomputes=True, batch_size=1),
         "masked": trainer(source, pruned(source), processes, kind=Masked),
         "bfloat16": trainer(source, pruned(source), processes, dtype=torch.bfloat16),
@@ -123,11 +127,11 @@ def interrupt(made: Trainer, at: int) -> None:
 def taking_turns(folder: Path, processes: Processes) -> dict[str, Any]:
     """The dense run by two processes, then one, then two."""
     source, state = open_checkpoint(folder / "teacher"), folder / "state"
-    interrupt(trainer(source, pruned(source), processes, folder=state), 1)
+    interrupt(trainer(source, pruned(source), processes, LONGER, folder=state), 1)
     if processes.is_first:
-        interrupt(trainer(source, pruned(source), ALONE, folder=state), 2)
+        interrupt(trainer(source, pruned(source), ALONE, LONGER, folder=state), 2)
     processes.meet()
-    last = trainer(source, pruned(source), processes, folder=state)
+    last = trainer(source, pruned(source), processes, LONGER, folder=state)
     assert last.history.step == 2
     return results(last)
 

@@ -60,10 +60,14 @@ def distill(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
     json: JsonFile = None,
 ) -> None:
-    """Train a student to give a teacher's distributions: heals a pruned model. Interrupted, it goes on when rerun."""
+    """Train a student to give a teacher's distributions: heals a pruned model. Interrupted, it goes on when rerun.
+
+    On several GPUs: torchrun --nproc-per-node N -m powertrain distill ...
+    """
     import torch
 
     from powertrain.distill.losses import Divergence
+    from powertrain.distill.parallel import launched
     from powertrain.distill.run import TextConfig
     from powertrain.distill.run import distill as run
     from powertrain.distill.trainer import Compute, TrainConfig
@@ -78,13 +82,14 @@ def distill(
         evaluate_every=evaluate_every,
         patience=patience,
     )
-    compute = Compute(
-        device="cuda" if is_gpu else "cpu",
-        dtype=torch.bfloat16 if is_gpu else torch.float32,
-        recomputes=recompute,
-        positions_at_once=8192 if is_gpu else 512,
-    )
-    with progress_bars() as progress:
+    with launched("cuda" if is_gpu else "cpu") as processes, progress_bars() as progress:
+        compute = Compute(
+            device="cuda" if is_gpu else "cpu",
+            dtype=torch.bfloat16 if is_gpu else torch.float32,
+            recomputes=recompute,
+            positions_at_once=8192 if is_gpu else 512,
+            processes=processes,
+        )
         report = run(
             teacher,
             student,
@@ -99,8 +104,10 @@ def distill(
             trains=train,
             top_k=top_k,
             overwrite=overwrite,
-            progress=progress,
+            progress=progress if processes.is_first else None,
         )
+    if not processes.is_first:
+        return
     print(report.summary())
     write_json(json, report.manifest)
     if report.history.ended is not None:

@@ -6,13 +6,14 @@ All weights are in memory; what goes one block at a time takes `PlainBlock` itse
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from powertrain.checkpoint.source import Checkpoint
-from powertrain.compress.blockwise import names_by_block
+from powertrain.compress.blockwise import block_of
 from powertrain.compress.plain_decoder import PlainBlock, Rotations, Weights, rotations
 from powertrain.model.families import ModelConfig, model_config
 
@@ -21,6 +22,7 @@ EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", 
 POSITIONS_AT_ONCE = 1024
 """Positions whose logits exist at a time."""
 
+T = TypeVar("T")
 RunBlock = Callable[[ModelConfig, int, Weights, Rotations, torch.Tensor], torch.Tensor]
 
 
@@ -50,12 +52,10 @@ class PlainModel:
         self.weights = weights
         self.run = run
         self.recomputes = recomputes
-        _, blocks, _ = names_by_block(list(weights))
-        prefixes = [f"model.layers.{index}." for index in range(config.num_layers)]
-        self.blocks: list[dict[str, torch.Tensor]] = [
-            {name.removeprefix(prefix): weights[name] for name in names}
-            for prefix, names in zip(prefixes, blocks, strict=True)
-        ]
+        self.blocks: list[dict[str, torch.Tensor]] = [{} for _ in range(config.num_layers)]
+        for name, weight in weights.items():
+            if (index := block_of(name)) is not None:
+                self.blocks[index][name.removeprefix(f"model.layers.{index}.")] = weight
         # the first layer with the same window: one number for all layers that run the same code
         self._kinds = [config.windows.index(window) for window in config.windows]
         self._turns = {} if turns is None else turns
@@ -68,6 +68,10 @@ class PlainModel:
     def head(self) -> torch.Tensor:
         """[vocab, hidden]; the embedding where the two are tied."""
         return self.weights[EMBEDDING] if self.config.ties_embeddings else self.weights[HEAD]
+
+    def apply(self, use: Callable[[PlainModel], T]) -> T:
+        """What `use` makes of the model: through here, where weights may have to be brought together first."""
+        return use(self)
 
     def streams(self, token_ids: torch.Tensor, order: Sequence[int] | None = None) -> Iterator[torch.Tensor]:
         """The stream [sequences, tokens, hidden] before the first block, then after each; token_ids: int64 [.., T].
@@ -133,15 +137,23 @@ def mean_kl(
     return total / len(hidden)
 
 
-def load_weights(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All of a float model's tensors; a head tied to the embedding is left out where a file holds it twice."""
+def load_weights(
+    checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """All of a float model's tensors; a head tied to the embedding is left out where a file holds it twice.
+
+    dtype: None leaves each in the type of the file, which a CPU need not copy.
+    """
     config = model_config(checkpoint.config)
     names = [name for name in checkpoint.names() if not (config.ties_embeddings and name == HEAD)]
     return {name: checkpoint.load(name).to(device=device, dtype=dtype) for name in names}
 
 
-def load_plain_model(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype) -> PlainModel:
-    """A float checkpoint as a frozen model. Raises `ModelFileError` for a family that does not run here."""
+def load_plain_model(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype | None) -> PlainModel:
+    """A float checkpoint as a frozen model; dtype: None is the file's.
+
+    Raises `ModelFileError` for a family that does not run here.
+    """
     return PlainModel(model_config(checkpoint.config), load_weights(checkpoint, device, dtype))
 
 

@@ -78,8 +78,9 @@ def mean_by_chunks(
 ) -> torch.Tensor:
     """The mean over rows of `score` of the logits hidden @ head^T, of which only `at_once` rows exist at a time.
 
-    hidden: [rows, width]; head: [vocab, width]. Where gradients are wanted each chunk's are taken at once, so that its
-    logits can go; they are kept until the backward pass, in hidden's dtype and, for the head, in float32.
+    hidden: [rows, width]; head: [vocab, width]; no rows give 0. Where gradients are wanted each chunk's are taken at
+    once, so that its logits can go; they are kept until the backward pass, in hidden's dtype and, for the head, in
+    float32.
     """
     result: torch.Tensor = _ByChunks.apply(hidden, head, score, at_once)  # type: ignore[no-untyped-call]
     return result
@@ -105,8 +106,8 @@ class _ByChunks(torch.autograd.Function):
         if hidden_grad is not None and head_grad is not None:
             ctx.save_for_backward(hidden_grad, head_grad)
             ctx.head_dtype = head.dtype
-        ctx.num_rows = len(hidden)
-        return total / len(hidden)
+        ctx.num_rows = num_rows = max(1, len(hidden))
+        return total / num_rows
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:

@@ -20,7 +20,7 @@ from powertrain.checkpoint.quantized import load_quantized
 from powertrain.checkpoint.source import Checkpoint
 from powertrain.compress.plain_model import HEAD
 from powertrain.compress.quantize import weight_error
-from powertrain.distill.student import Parameters, Student
+from powertrain.distill.student import Parameters, Student, Wanted
 from powertrain.model.families import ModelConfig, model_config
 from powertrain.model.weights import IntWeight
 from powertrain.types import PowertrainError
@@ -54,7 +54,8 @@ class QuantizedLayer:
 
     def scale(self, parameters: Parameters) -> torch.Tensor:
         """Float32 [out, groups] as it will be stored."""
-        scale = self.start.scale.float() * parameters[f"{self.name}.{EXPONENTS}"].exp()
+        scale = self.start.scale.float()
+        scale = scale * parameters[f"{self.name}.{EXPONENTS}"].to(scale.device).exp()
         return scale + (scale.to(self.start.scale.dtype).float() - scale).detach()
 
     def steps(self, parameters: Parameters) -> torch.Tensor:
@@ -64,7 +65,8 @@ class QuantizedLayer:
             return _centred(self.start).view(self.shape)
         low, high = _bounds(self.start)
         # a number may move as far out as still rounds to the grid: at 2 bits, half of all stand at its ends
-        inside = torch.minimum(torch.maximum(trained.view(self.shape), low - 0.5), high + 0.5)
+        trained = trained.to(self.start.values.device).view(self.shape)
+        inside = torch.minimum(torch.maximum(trained, low - 0.5), high + 0.5)
         rounded = torch.minimum(torch.maximum(inside.round(), low), high)
         return inside + (rounded - inside).detach()
 
@@ -105,9 +107,9 @@ def quantized_student(
         parameters |= {f"{name}.{STEPS}": _first_steps(layer, teacher) for name, layer in layers.items()}
         parameters |= {name: tensor for name, tensor in dense.items() if tensor.dim() == 1}
 
-    def weights(current: Parameters) -> dict[str, torch.Tensor]:
-        made = {f"{name}.weight": layer.weight(current) for name, layer in layers.items()}
-        return {**{name: current.get(name, tensor) for name, tensor in dense.items()}, **made}
+    def weights(current: Parameters, is_wanted: Wanted) -> dict[str, torch.Tensor]:
+        made = {f"{name}.weight": layer.weight(current) for name, layer in layers.items() if is_wanted(name)}
+        return {**{name: current.get(name, tensor) for name, tensor in dense.items() if is_wanted(name)}, **made}
 
     def stored(current: Parameters, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         for name in sorted(dense):
@@ -115,7 +117,7 @@ def quantized_student(
         for name, layer in layers.items():
             yield from int_weight_tensors(name, layer.integers(current), layer.storage).items()
 
-    return Student(config, parameters, weights, stored)
+    return Student(config, parameters, weights, stored, are_weights=False)
 
 
 def _layers(checkpoint: Checkpoint, config: ModelConfig, device: Any) -> Iterator[QuantizedLayer]:

@@ -19,8 +19,9 @@ from powertrain.checkpoint.source import Checkpoint, open_checkpoint
 from powertrain.checkpoint.tokenizer_files import hugging_face_files, load_tokenizer
 from powertrain.compress.calibrate import NgramFilter
 from powertrain.compress.manifest import MANIFEST_FILE, manifest_text, weights_sha256
-from powertrain.compress.plain_model import PlainModel, load_plain_model
+from powertrain.compress.plain_model import load_plain_model
 from powertrain.distill.batches import Batch, WindowBatches, split_off, tokens_sha256
+from powertrain.distill.parallel import sharded_teacher
 from powertrain.distill.quantized_student import Trains, quantized_student
 from powertrain.distill.state import History
 from powertrain.distill.student import Student, dense_student
@@ -97,7 +98,8 @@ def distill(
     data hashes, settings and the loss curve. A student of integers (compressed-tensors) stays one: its scales are
     trained, and with `trains` "weights" its integers and norms too. `top_k`: the teacher runs once, so many of its
     log-probabilities of each position are stored in `OUT.training`, and learned from. `held_out`: text whose KL is
-    watched (the ends of `data` if None). Raises `PowertrainError` for models of different vocabularies, too little
+    watched (the ends of `data` if None). Where `compute.processes` are several, all of them call this, on one file
+    system, and the first one writes. Raises `PowertrainError` for models of different vocabularies, too little
     text, or a state of another run.
     """
     out, text, compute = Path(out).absolute(), text or TextConfig(), compute or Compute()
@@ -120,27 +122,19 @@ def distill(
         "student": weights_sha256(pupil.path),
         "held_out": tokens_sha256(windows),
     }
-    frozen = load_plain_model(source, compute.device, compute.dtype)
-    if top_k is None:
-        teaching: Teacher = LiveTeacher(frozen)
-        watched = Batch(windows)
-    else:
-        logits = work / "teacher-logits"
-        teaching, watched = _stored(frozen, batches, windows, logits, top_k, identity["teacher"], progress)
-    del frozen
+    stored: dict[str, Any] = {"top_k": top_k, "folder": work / "teacher-logits", "sha256": identity["teacher"]}
+    teaching, watched = _teaching(source, compute, batches, windows, **stored, progress=progress)
     where = {**identity, "trains": trains, "top_k": top_k}
     trainer = Trainer(teaching, trained, batches, watched, config, compute=compute, folder=work, identity=where)
     history = trainer.run(max_seconds=max_seconds, progress=progress)
-    about: dict[str, Any] = {
-        "teacher": str(teacher),
-        "student": str(student),
-        "data": [Path(file).name for file in data],
-    }
-    about |= {"text": asdict(text), "data_sha256": batches.sha256, "num_training_tokens": sum(map(len, runs))}
+    about: dict[str, Any] = {"teacher": str(teacher), "student": str(student), "text": asdict(text)}
+    about |= {"data": [Path(file).name for file in data], "data_sha256": batches.sha256}
+    about |= {"num_training_tokens": sum(map(len, runs))}
     about |= {"trains": trains, "top_k": top_k, "sha256": identity, "training_13grams_in_held_out_text": shared}
     manifest = distillation_manifest(config, history, about)
-    if history.ended is not None:
-        write_student(out, pupil, source.path, trained, trainer.best_parameters(), dtype, manifest, overwrite=overwrite)
+    best = trainer.best_parameters() if history.ended is not None else None
+    if best is not None and compute.processes.is_first:
+        write_student(out, pupil, source.path, trained, best, dtype, manifest, overwrite=overwrite)
         shutil.rmtree(work, ignore_errors=True)
     return DistillReport(out=out, history=history, manifest=manifest)
 
@@ -149,21 +143,33 @@ def _student(pupil: Checkpoint, source: Checkpoint, trains: Trains, compute: Com
     """What is trained of a student's checkpoint."""
     if "quantization_config" in pupil.config:
         return quantized_student(pupil, trains, teacher=source, device=compute.device)
+    if compute.processes.size > 1:  # which read the same pages of the file, each for its part
+        return dense_student(pupil, "cpu", None)
     return dense_student(pupil, compute.device)
 
 
-def _stored(
-    teacher: PlainModel,
+def _teaching(
+    source: Checkpoint,
+    compute: Compute,
     batches: WindowBatches,
     held_out: torch.Tensor,
+    *,
+    top_k: int | None,
     folder: Path,
-    top_k: int,
     sha256: str,
     progress: Progress | None,
 ) -> tuple[Teacher, Batch]:
-    """The teacher's stored view of all windows, and the held-out ones, which stand behind those of training."""
-    every = torch.cat((batches.windows(), held_out))
-    stored = store_teacher_logits(teacher, every, folder, k=top_k, teacher_sha256=sha256, progress=progress)
+    """The teacher in memory, or its stored view of all windows; and the held-out ones, which stand last there."""
+    processes, device, dtype = compute.processes, compute.device, compute.dtype
+    if top_k is None:
+        if processes.size == 1:
+            return LiveTeacher(load_plain_model(source, device, dtype)), Batch(held_out)
+        frozen = load_plain_model(source, "cpu", None)
+        return LiveTeacher(sharded_teacher(frozen, processes, device, dtype)), Batch(held_out)
+    every, part = torch.cat((batches.windows(), held_out)), (processes.rank, processes.size)
+    frozen = load_plain_model(source, device, dtype)
+    stored = store_teacher_logits(frozen, every, folder, k=top_k, teacher_sha256=sha256, part=part, progress=progress)
+    processes.meet()  # each reads what all have stored
     return stored, Batch(held_out, keys=tuple(range(batches.num_windows, len(every))))
 
 

@@ -43,11 +43,13 @@ def store_teacher_logits(
     k: int = 64,
     teacher_sha256: str = "",
     windows_per_shard: int = WINDOWS_PER_SHARD,
+    part: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
 ) -> StoredTeacher:
     """Write the teacher's top `k` over windows, int64 [n, length], as shards in `folder`; those already there stay.
 
-    A position takes 6 k + 4 bytes. Raises `PowertrainError` for a folder of other windows, or a full disk.
+    A position takes 6 k + 4 bytes. `part`: (0, 2) and (1, 2) are two halves of the work, which may be done at the same
+    time; all is there when both are. Raises `PowertrainError` for a folder of other windows, or a full disk.
     """
     if not 1 <= k < teacher.config.vocab_size:
         raise PowertrainError(f"k must be 1 to {teacher.config.vocab_size - 1}, got {k}")
@@ -65,7 +67,7 @@ def store_teacher_logits(
         if not (folder / INDEX_FILE).is_file():
             _write(folder / INDEX_FILE, lambda file: file.write_text(json.dumps(index, indent=1) + "\n"))
         StoredTeacher(folder, device=teacher.embedding.device).check(index)
-        for number, begin in enumerate(range(0, len(windows), windows_per_shard)):
+        for number, begin in list(enumerate(range(0, len(windows), windows_per_shard)))[part[0] :: part[1]]:
             file = _shard(folder, number)
             if not file.is_file():
                 tensors = _top(teacher, windows[begin : begin + windows_per_shard], k)

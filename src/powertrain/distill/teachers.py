@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from copy import copy
 from typing import NamedTuple, Protocol
 
 import torch
@@ -42,13 +43,14 @@ class LiveTeacher:
 
     def __init__(self, model: PlainModel, *, run: RunBlock = run_block, loss: TokenLoss = token_loss) -> None:
         self.model = model
-        self._training_model = PlainModel(model.config, model.weights, run=run)
+        self._training_model = copy(model)
+        self._training_model.run = run
         self._loss = loss
 
     @torch.no_grad()
     def look(self, batch: Batch, streams: Collection[int] = (), *, is_training: bool = True) -> View:
         model, loss = (self._training_model, self._loss) if is_training else (self.model, token_loss)
-        hidden, kept = run_with_streams(model, batch.token_ids, streams)
+        hidden, kept = model.apply(lambda whole: run_with_streams(whole, batch.token_ids, streams))
         target = counted(hidden, batch)
 
         def compare(rows: slice, logits: torch.Tensor, divergence: Divergence) -> torch.Tensor:

@@ -1,15 +1,16 @@
 """The training loop: a student moved towards a teacher's distributions, stopped and resumed without a trace.
 
-Plain torch on one device. Parameters, their moments and the sums of gradients are float32; the forward and backward
-pass run in `compute_dtype`. A resumed run gives the losses that an uninterrupted one gives, to the bit on a CPU.
+Plain torch on one device, or one in each of several processes (`parallel.py`). Parameters, their moments and the sums
+of gradients are float32; the forward and backward pass run in `compute_dtype`. A resumed run gives the losses that an
+uninterrupted one gives, to the bit on a CPU.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from powertrain.compress.plain_model import POSITIONS_AT_ONCE, PlainModel, RunBlock, run_block
 from powertrain.distill.batches import Batch, Batches
 from powertrain.distill.losses import FORWARD_KL, Divergence, mean_by_chunks, stream_loss
+from powertrain.distill.parallel import ALONE, Processes, ShardedStudent
 from powertrain.distill.state import History, Saved, load_state, save_state
 from powertrain.distill.student import Student
 from powertrain.distill.teachers import Teacher, View, counted, run_with_streams
@@ -80,7 +82,8 @@ class Compute:
     """Where and how the arithmetic is done; it does not say what is trained.
 
     `recomputes`: blocks run again in the backward pass instead of keeping their activations. `run`: how a block of the
-    student runs, which may be compiled. `positions_at_once`: whose logits exist at a time.
+    student runs, which may be compiled. `positions_at_once`: whose logits exist at a time. `processes`: those that
+    share the work; each calls everything that all call, in the same order.
     """
 
     device: torch.device | str = "cpu"
@@ -88,6 +91,7 @@ class Compute:
     recomputes: bool = False
     positions_at_once: int = POSITIONS_AT_ONCE
     run: RunBlock = run_block
+    processes: Processes = ALONE
 
 
 class Trainer:
@@ -110,18 +114,25 @@ class Trainer:
         `folder`: where states are kept, and one to go on from is looked for; `identity`: what else must be the same
         for that (hashes of models). Raises `PowertrainError` for a state of another run.
         """
-        self._teacher, self._student, self._batches, self._held_out = teacher, student, batches, held_out
+        self._teacher, self._batches, self._held_out = teacher, batches, held_out
         self._config, self._compute, self._folder = config, compute or Compute(), folder
+        self._processes = self._compute.processes
         self._identity = {**(identity or {}), "data": batches.sha256, "config": asdict(config)}
         self.history = History()
         self._best: dict[str, torch.Tensor] | None = None
         self._recent: list[torch.Tensor] = []
-        for name, tensor in student.parameters.items():
-            student.parameters[name] = tensor.detach().to(self._compute.device, torch.float32).clone().requires_grad_()
+        device, is_alone = self._compute.device, self._processes.size == 1
+        if is_alone:
+            for name, tensor in student.parameters.items():
+                student.parameters[name] = tensor.detach().to(device, torch.float32).clone().requires_grad_()
+        else:
+            student = ShardedStudent(student, self._processes, device, self._compute.dtype)
+        self._student = student
         self._optimizer = self._new_optimizer()
-        saved = load_state(folder, self._identity, self._compute.device) if folder is not None else None
+        saved = load_state(folder, self._identity, device if is_alone else "cpu") if folder is not None else None
         if saved is not None:
             self._restore(saved)
+        self._processes.check_alike(f"{self._identity} {self.history.step}")
 
     def run(
         self, *, max_seconds: float | None = None, save_every: float = SAVE_EVERY, progress: Progress | None = None
@@ -131,12 +142,13 @@ class Trainer:
 
         Raises `PowertrainError` where the loss is no longer a number; the last stored state stays.
         """
-        begun = saved = time.perf_counter()
+        clock = self._processes.clock
+        begun = saved = clock()
         earlier, config, history = self.history.seconds, self._config, self.history
         while history.ended is None:
             if history.step % config.evaluate_every == 0:
                 self._evaluate()
-            now = time.perf_counter()
+            now = clock()
             history.seconds = earlier + now - begun
             share = config.progress(history.step, history.seconds)
             if progress is not None:
@@ -149,11 +161,11 @@ class Trainer:
             else:
                 if now - saved >= save_every:
                     self.save()
-                    saved = time.perf_counter()
+                    saved = clock()
                 self._step(config.rate(config.progress(history.step + 1, history.seconds)))
         if history.ended is not None:
             self._evaluate()
-        history.seconds = earlier + time.perf_counter() - begun
+        history.seconds = earlier + clock() - begun
         self.save()
         return history
 
@@ -163,20 +175,20 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
 
     def best_parameters(self) -> dict[str, torch.Tensor]:
-        """Those of the best held-out KL; the last ones where nothing is held out."""
-        if self._best is not None:
-            return self._best
-        return {name: tensor.detach() for name, tensor in self._student.parameters.items()}
+        """Those of the best held-out KL; the last ones where nothing is held out. Only the first process has any."""
+        return self._processes.whole(self._best or self._current_parameters())
 
     def save(self) -> None:
         """Store the state in the folder, if there is one."""
         self._collect_losses()
         if self._folder is None:
             return
-        parameters = {name: tensor.detach() for name, tensor in self._student.parameters.items()}
+        whole = self._processes.whole
         is_last_best = self._best is None or self.history.best_step == self.history.step
-        saved = Saved(self.history, parameters, self._optimizer_tensors(), None if is_last_best else self._best)
-        save_state(self._folder, saved, self._identity)
+        best = None if is_last_best or self._best is None else whole(self._best)
+        saved = Saved(self.history, whole(self._current_parameters()), whole(self._optimizer_tensors()), best)
+        if self._processes.is_first:
+            save_state(self._folder, saved, self._identity)
 
     @torch.no_grad()
     def held_out_kl(self) -> float:
@@ -184,13 +196,16 @@ class Trainer:
         assert self._held_out is not None
         # blocks run as they are: other shapes than training's are not worth a compilation
         model = self._student.model(self._compute.dtype)
-        rows = max(1, self._compute.positions_at_once // self._held_out.token_ids.shape[1])
+        rows = max(1, self._compute.positions_at_once // self._held_out.token_ids.shape[1]) * self._processes.size
         total = 0.0
         for begin in range(0, len(self._held_out.token_ids), rows):
-            batch = self._placed(self._held_out.part(slice(begin, begin + rows)))
+            chunk = self._held_out.part(slice(begin, begin + rows))
+            share = self._processes.share(chunk)
+            batch = self._placed(share.batch)
             view = self._teacher.look(batch, is_training=False)
-            total += float(self._compared(model, batch, view, FORWARD_KL)) * len(batch.token_ids)
-        return total / len(self._held_out.token_ids)
+            found = model.apply(partial(self._compared, batch=batch, view=view, divergence=FORWARD_KL))
+            total += float(found) * share.of_positions * len(chunk.token_ids)
+        return float(self._processes.mean(torch.tensor(total, dtype=torch.float64))) / len(self._held_out.token_ids)
 
     # ---- one step ----
 
@@ -207,15 +222,20 @@ class Trainer:
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         compute, config = self._compute, self._config
-        batch = self._placed(batch)
+        share = self._processes.share(batch)
+        batch = self._placed(share.batch)
         model = self._student.model(compute.dtype, run=compute.run, recomputes=compute.recomputes)
         view = self._teacher.look(batch, {pair[1] for pair in config.hidden_pairs})
-        streams: dict[int, torch.Tensor] = {}
-        loss = self._compared(model, batch, view, config.divergence, streams)
-        for own, other in config.hidden_pairs:
-            share = config.hidden_weight / len(config.hidden_pairs)
-            loss = loss + share * stream_loss(streams[own], view.streams[other])
-        return loss
+
+        def loss_of(model: PlainModel) -> torch.Tensor:
+            streams: dict[int, torch.Tensor] = {}
+            loss = share.of_positions * self._compared(model, batch, view, config.divergence, streams)
+            for own, other in config.hidden_pairs:
+                weight = share.of_windows * config.hidden_weight / len(config.hidden_pairs)
+                loss = loss + weight * stream_loss(streams[own], view.streams[other])
+            return loss
+
+        return model.apply(loss_of)
 
     def _compared(
         self,
@@ -264,7 +284,7 @@ class Trainer:
             row["held_out_kl"] = kl = self.held_out_kl()
             if history.best_kl is None or kl < history.best_kl:
                 history.best_kl, history.best_step = kl, history.step
-                self._best = {name: tensor.detach().clone() for name, tensor in self._student.parameters.items()}
+                self._best = {name: tensor.clone() for name, tensor in self._current_parameters().items()}
         history.curve.append(row)
         patience = self._config.patience
         if patience is not None and self._held_out is not None:
@@ -275,14 +295,17 @@ class Trainer:
     def _collect_losses(self) -> None:
         if not self._recent:
             return
-        losses = torch.stack(self._recent).tolist()
+        losses = self._processes.mean(torch.stack(self._recent)).tolist()
         self._recent = []
         if not all(map(math.isfinite, losses)):
             first = self.history.step - len(losses) + [math.isfinite(loss) for loss in losses].index(False)
             raise PowertrainError(f"the loss of step {first} is not a number: try a smaller learning rate")
         self.history.losses += losses
 
-    # ---- the optimizer's state ----
+    # ---- what is stored ----
+
+    def _current_parameters(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach() for name, tensor in self._student.parameters.items()}
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         parameters = self._student.parameters.values()
@@ -298,18 +321,19 @@ class Trainer:
         return {f"{key}|{name}": value for name, state in states.items() for key, value in state.items()}
 
     def _restore(self, saved: Saved) -> None:
-        self.history, self._best = saved.history, saved.best
-        parameters = self._student.parameters
+        self.history, parameters, part_like = saved.history, self._student.parameters, self._processes.part_like
         if saved.parameters.keys() != parameters.keys():
             raise PowertrainError(f"{self._folder}: holds a run with other parameters")
         with torch.no_grad():
             for name, tensor in saved.parameters.items():
-                parameters[name].copy_(tensor)
+                parameters[name].copy_(part_like(tensor, parameters[name]))
         for full_name, tensor in saved.optimizer.items():
             key, name = full_name.split("|", maxsplit=1)
-            self._optimizer.state[parameters[name]][key] = tensor
-        if self._best is None and self.history.best_kl is not None:
-            self._best = {name: tensor.detach().clone() for name, tensor in parameters.items()}
+            self._optimizer.state[parameters[name]][key] = part_like(tensor, parameters[name])
+        if saved.best is not None:
+            self._best = {name: part_like(tensor, parameters[name]) for name, tensor in saved.best.items()}
+        elif self.history.best_kl is not None:
+            self._best = {name: tensor.clone() for name, tensor in self._current_parameters().items()}
 
 
 def hidden_pairs(kept: tuple[int, ...], num_teacher_layers: int) -> tuple[tuple[int, int], ...]:

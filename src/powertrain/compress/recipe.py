@@ -68,6 +68,7 @@ MODEL_STEPS: dict[str, Callable[[Mapping[str, Any], str], ModelStep]] = {
 _MODEL_PRESETS: dict[str, list[dict[str, Any]]] = {
     "rotated": [{"method": "rotate"}],
     "prune-depth-third": [{"method": "prune_depth", "share": 1 / 3}],
+    "draft": [{"method": "prune_depth", "share": 0.8, "choose": "spread"}],
 }
 PRESETS = (*SCHEMES, *_MODEL_PRESETS)
 

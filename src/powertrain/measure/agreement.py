@@ -56,6 +56,8 @@ def read_prompts(path: str | Path, tokenizer: Tokenizer, num_prompts: int) -> li
     `query` or `text`, taken as it is. Raises `PowertrainError` naming file and line.
     """
     path = Path(path)
+    if num_prompts < 1:
+        raise PowertrainError(f"num_prompts must be at least 1, got {num_prompts}")
     text = read_utf8(path, "give a file of text or JSON lines")
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()][:num_prompts]
     if not lines:
@@ -98,12 +100,10 @@ def agreement(
     from powertrain.checkpoint.tokenizer_files import load_tokenizer
 
     check_same_vocabulary(candidate, reference)
-    if num_prompts < 1 or max_tokens < 1:
-        raise PowertrainError(f"num_prompts and max_tokens must be at least 1, got {num_prompts} and {max_tokens}")
     tokenizer = load_tokenizer(reference.path)
     prompts = read_prompts(data, tokenizer, num_prompts)
     eos = tokenizer.eos_token_ids
-    theirs, ours = (_greedy(model, prompts, eos, max_tokens, progress) for model in (reference, candidate))
+    theirs, ours = (greedy_texts(model, prompts, eos, max_tokens, progress) for model in (reference, candidate))
     pairs = list(zip(theirs, ours, strict=True))
     lengths = tuple(_first_difference(one, other) for one, other in pairs)
     p25, median, p75 = (float(value) for value in np.percentile(lengths, (25, 50, 75)))
@@ -124,14 +124,16 @@ def _first_difference(one: Sequence[int], other: Sequence[int]) -> int:
     return next((at for at in range(shorter) if one[at] != other[at]), shorter)
 
 
-def _greedy(
+def greedy_texts(
     model: Model,
     prompts: Sequence[tuple[int, ...]],
     eos_token_ids: tuple[int, ...],
     max_tokens: int,
     progress: Progress | None,
 ) -> list[list[int]]:
-    """What the engine writes after each prompt, end tokens included."""
+    """What the engine writes after each prompt, `max_tokens` at most, end tokens included. Raises `PowertrainError`."""
+    if max_tokens < 1:
+        raise PowertrainError(f"max_tokens must be at least 1, got {max_tokens}")
     decoder = model.decoder
     block_size = 16
     longest = max(map(len, prompts)) + max_tokens

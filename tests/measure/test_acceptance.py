@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_builders import TINY_TEXT
@@ -108,12 +108,14 @@ def by_hand(guesses: list[bool], num_drafted: int) -> tuple[int, int]:
     return steps, accepted
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(1, 9))
 def test_steps_against_a_walk_by_hand(guesses: list[bool], num_drafted: int) -> None:
     steps, _ = by_hand(guesses, num_drafted)
     assert num_steps(guesses, num_drafted) == steps
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=30), min_size=1, max_size=5))
 def test_statistics_are_of_all_prompts_together(rows: list[list[bool]]) -> None:
     found = summarize_acceptance(rows, max_tokens=30, data="x")

@@ -20,7 +20,8 @@ from powertrain.checkpoint.tokenizer_files import hugging_face_files, load_token
 from powertrain.compress.calibrate import NgramFilter
 from powertrain.compress.manifest import MANIFEST_FILE, manifest_text, weights_sha256
 from powertrain.compress.plain_model import PlainModel, load_plain_model
-from powertrain.distill.batches import Batch, WindowBatches, split_off, tokens_sha256
+from powertrain.distill.batches import Batch, Batches, WindowBatches, split_off, tokens_sha256
+from powertrain.distill.on_policy import OnPolicy
 from powertrain.distill.quantized_student import Trains, quantized_student
 from powertrain.distill.state import History
 from powertrain.distill.student import Student, dense_student
@@ -87,6 +88,7 @@ def distill(
     max_seconds: float | None = None,
     trains: Trains = "scales",
     top_k: int | None = None,
+    on_policy: OnPolicy | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> DistillReport:
@@ -97,8 +99,8 @@ def distill(
     data hashes, settings and the loss curve. A student of integers (compressed-tensors) stays one: its scales are
     trained, and with `trains` "weights" its integers and norms too. `top_k`: the teacher runs once, so many of its
     log-probabilities of each position are stored in `OUT.training`, and learned from. `held_out`: text whose KL is
-    watched (the ends of `data` if None). Raises `PowertrainError` for models of different vocabularies, too little
-    text, or a state of another run.
+    watched (the ends of `data` if None). `on_policy`: a share of the steps trains on what the student writes. Raises
+    `PowertrainError` for models of different vocabularies, too little text, or a state of another run.
     """
     out, text, compute = Path(out).absolute(), text or TextConfig(), compute or Compute()
     work = out.with_name(f"{out.name}.training")
@@ -109,6 +111,8 @@ def distill(
     longest = min(model_config(one.config).max_position for one in (source, pupil))
     if not 2 <= text.length <= longest:
         raise PowertrainError(f"windows must have 2 to {longest} tokens for these models, got {text.length}")
+    if on_policy is not None:
+        _check_on_policy(on_policy, text, top_k)
     runs = training_runs(data, load_tokenizer(source.path), progress)
     windows, shared = _held_out(runs, held_out, source, text)
     trained = _student(pupil, source, trains, compute)
@@ -129,15 +133,20 @@ def distill(
         teaching, watched = _stored(frozen, batches, windows, logits, top_k, identity["teacher"], progress)
     del frozen
     where = {**identity, "trains": trains, "top_k": top_k}
-    trainer = Trainer(teaching, trained, batches, watched, config, compute=compute, folder=work, identity=where)
-    history = trainer.run(max_seconds=max_seconds, progress=progress)
+    seen: Batches = batches
+    if on_policy is not None:
+        seen = on_policy.batches(batches, trained, pupil.config, compute.device, compute.dtype, seed=text.seed)
+    trainer = Trainer(teaching, trained, seen, watched, config, compute=compute, folder=work, identity=where)
+    pause_every = 1 if on_policy is None else on_policy.refresh_every
+    history = trainer.run(max_seconds=max_seconds, pause_every=pause_every, progress=progress)
     about: dict[str, Any] = {
         "teacher": str(teacher),
         "student": str(student),
         "data": [Path(file).name for file in data],
     }
-    about |= {"text": asdict(text), "data_sha256": batches.sha256, "num_training_tokens": sum(map(len, runs))}
+    about |= {"text": asdict(text), "data_sha256": seen.sha256, "num_training_tokens": sum(map(len, runs))}
     about |= {"trains": trains, "top_k": top_k, "sha256": identity, "training_13grams_in_held_out_text": shared}
+    about["on_policy"] = None if on_policy is None else on_policy.to_dict()
     manifest = distillation_manifest(config, history, about)
     if history.ended is not None:
         write_student(out, pupil, source.path, trained, trainer.best_parameters(), dtype, manifest, overwrite=overwrite)
@@ -165,6 +174,15 @@ def _stored(
     every = torch.cat((batches.windows(), held_out))
     stored = store_teacher_logits(teacher, every, folder, k=top_k, teacher_sha256=sha256, progress=progress)
     return stored, Batch(held_out, keys=tuple(range(batches.num_windows, len(every))))
+
+
+def _check_on_policy(on_policy: OnPolicy, text: TextConfig, top_k: int | None) -> None:
+    if top_k is not None:
+        raise PowertrainError("on-policy: stored teacher logits (top_k) are of given text; leave one of the two out")
+    if on_policy.num_prompt_tokens >= text.length:
+        raise PowertrainError(
+            f"on-policy: prompts of {on_policy.num_prompt_tokens} tokens leave nothing of windows of {text.length}"
+        )
 
 
 def check_pair(teacher: Checkpoint, student: Checkpoint) -> None:

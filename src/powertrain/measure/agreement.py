@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from powertrain.config import EngineConfig
-from powertrain.engine.core import Engine
+from powertrain.engine.offline import run_offline
 from powertrain.measure.scoring import Model, Progress, check_same_vocabulary
 from powertrain.text_data import read_utf8
 from powertrain.tokenizer import Tokenizer
 from powertrain.types import PowertrainError, Request, SamplingParams
 
-MAX_BATCH = 32
 DEFAULT_PROMPTS = 50
 DEFAULT_TOKENS = 128
 
@@ -134,37 +132,17 @@ def greedy_texts(
     """What the engine writes after each prompt, `max_tokens` at most, end tokens included. Raises `PowertrainError`."""
     if max_tokens < 1:
         raise PowertrainError(f"max_tokens must be at least 1, got {max_tokens}")
-    decoder = model.decoder
-    block_size = 16
     longest = max(map(len, prompts)) + max_tokens
     if model.max_length is not None and longest > model.max_length:
         raise PowertrainError(f"a prompt and {max_tokens} tokens are {longest}: {model.name} holds {model.max_length}")
-    batch = min(MAX_BATCH, len(prompts))
-    config = EngineConfig.from_options(
-        device=decoder.device.type,
-        dtype=str(decoder.dtype).removeprefix("torch."),
-        max_model_len=longest,
-        max_num_seqs=batch,
-        block_size=block_size,
-        num_blocks=batch * -(-longest // block_size),
-    )
-    engine = Engine(decoder, config, model.name)
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    for index, ids in enumerate(prompts):
-        request = Request(request_id=str(index), prompt_token_ids=ids, sampling=sampling, eos_token_ids=eos_token_ids)
-        engine.add(request)
-    return _run(engine, len(prompts), model.name, progress)
+    requests = [
+        Request(request_id=str(index), prompt_token_ids=ids, sampling=sampling, eos_token_ids=eos_token_ids)
+        for index, ids in enumerate(prompts)
+    ]
 
-
-def _run(engine: Engine, num_prompts: int, name: str, progress: Progress | None) -> list[list[int]]:
-    texts: list[list[int]] = [[] for _ in range(num_prompts)]
-    done = 0
-    while engine.has_work():
-        for output in engine.step():
-            if output.error is not None:
-                raise PowertrainError(f"{name} could not continue prompt {output.request_id}: {output.error}")
-            texts[int(output.request_id)].extend(output.token_ids)
-            done += output.finish_reason is not None
+    def watch(num_written: int, num_done: int) -> None:
         if progress is not None:
-            progress(f"greedy text, {name}", done, num_prompts)
-    return texts
+            progress(f"greedy text, {model.name}", num_done, len(prompts))
+
+    return run_offline(model.decoder, requests, longest, watch=watch)

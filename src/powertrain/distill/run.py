@@ -144,7 +144,7 @@ def distill(
         "student": str(student),
         "data": [Path(file).name for file in data],
     }
-    about |= {"text": asdict(text), "data_sha256": seen.sha256, "num_training_tokens": sum(map(len, runs))}
+    about |= {"text": asdict(text), "data_sha256": batches.sha256, "num_training_tokens": sum(map(len, runs))}
     about |= {"trains": trains, "top_k": top_k, "sha256": identity, "training_13grams_in_held_out_text": shared}
     about["on_policy"] = None if on_policy is None else on_policy.to_dict()
     manifest = distillation_manifest(config, history, about)

@@ -137,6 +137,10 @@ def test_greedy_text(evaluate: Evaluate, tmp_path: Path):
     assert status == 0, err
     assert out.startswith("greedy text agrees for ")
     assert len(json.loads(made.read_text())["agreement"]["lengths"]) == 2
+    status, out, err = evaluate("--data", "none", "--acceptance", str(prompts), "--prompts", "2", "--json", str(made))
+    assert status == 0, err
+    assert out.startswith("as a draft: ")
+    assert len(json.loads(made.read_text())["acceptance"]["tokens_per_step"]) == 8
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ MODEL = BASE | {"kernels", "model"}
 CHECKPOINT = MODEL | TOKENIZER | {"checkpoint"}
 FACES = CHECKPOINT | {"engine", "llm", "outputs", "serve"}
 COMMAND_LINE = {"cli", "cli_budget", "cli_distill", "cli_evaluate", "cli_export", "cli_options", "cli_output"}
-EVERYTHING = FACES | {"compress", "distill", "measure", "optimize", "text_data"} | COMMAND_LINE
+EVERYTHING = FACES | {"compress", "distill", "measure", "optimize", "student_sampler", "text_data"} | COMMAND_LINE
 
 MAY_IMPORT = {
     "types": set(),
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "compress": CHECKPOINT | {"compress", "text_data"},
     "distill": CHECKPOINT | {"compress", "distill", "text_data"},
     "engine": CHECKPOINT | {"engine"},
+    "student_sampler": CHECKPOINT | {"distill", "engine"},
     "outputs": TOKENIZER | {"types"},
     "llm": FACES,
     "serve": FACES,

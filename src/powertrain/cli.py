@@ -230,7 +230,7 @@ def compress(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     recipe: Annotated[
-        str, typer.Option(help="A preset (W4A16, W4A16_ASYM, W3A16, W8A16, W8A8, rotated, ...) or a YAML file.")
+        str, typer.Option(help="A preset (W4A16, W4A16_ASYM, W3A16, W8A16, W8A8, rotated, draft, ...) or a YAML file.")
     ] = "W4A16",
     group_size: Annotated[
         str | None, typer.Option(help="With a preset: weights that share a scale, or channel.", metavar="N|channel")

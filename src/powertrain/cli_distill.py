@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from powertrain.cli_options import Device, DType, JsonFile
 from powertrain.cli_output import progress_bars, say, write_json
 
+if TYPE_CHECKING:
+    from powertrain.distill.on_policy import OnPolicy
+
 Trained = Literal["scales", "weights"]
 Loss = Literal["forward-kl", "reverse-kl", "jsd"]
-_END, _LOSS, _TEXT, _RATE = "When it ends", "Loss", "Text", "Steps"
+_END, _LOSS, _TEXT, _RATE, _OWN = "When it ends", "Loss", "Text", "Steps", "The student's own text"
 
 
 def distill(
@@ -51,6 +54,18 @@ def distill(
     learning_rate: Annotated[float, typer.Option(help="At its peak.", rich_help_panel=_RATE)] = 3e-4,
     weight_decay: Annotated[float, typer.Option(min=0, help="AdamW's.", rich_help_panel=_RATE)] = 0.0,
     evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between looks.", rich_help_panel=_RATE)] = 100,
+    on_policy: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Share of the steps in which the student writes the text itself.", rich_help_panel=_OWN
+        ),
+    ] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="What it is given of each window.", rich_help_panel=_OWN)
+    ] = 32,
+    refresh_every: Annotated[
+        int, typer.Option(min=1, help="Steps that write with the same weights.", rich_help_panel=_OWN)
+    ] = 1,
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Less memory: run blocks again in the backward pass.")
     ] = False,
@@ -103,6 +118,7 @@ def distill(
             max_seconds=max_seconds,
             trains=train,
             top_k=top_k,
+            on_policy=None if on_policy is None else _sampling(on_policy, prompt_tokens, refresh_every),
             overwrite=overwrite,
             progress=progress if processes.is_first else None,
         )
@@ -112,3 +128,16 @@ def distill(
     write_json(json, report.manifest)
     if report.history.ended is not None:
         say(f"next: powertrain evaluate {out} --reference {teacher}")
+
+
+def _sampling(share: float, num_prompt_tokens: int, refresh_every: int) -> OnPolicy:
+    """The student writes by our own engine."""
+    from powertrain.distill.on_policy import OnPolicy
+    from powertrain.student_sampler import engine_refresh
+
+    return OnPolicy(
+        share=share,
+        make_refresh=engine_refresh,
+        num_prompt_tokens=num_prompt_tokens,
+        refresh_every=refresh_every,
+    )

@@ -12,7 +12,7 @@ from powertrain.cli_output import progress_bars, say, write_json
 from powertrain.config import Kernels, KVCacheDType
 from powertrain.types import PowertrainError
 
-_TASKS, _GATES = "Tasks", "Gates"
+_TASKS, _GATES, _GREEDY = "Tasks", "Gates", "Greedy text"
 
 
 def evaluate(
@@ -55,13 +55,17 @@ def evaluate(
     ] = None,
     agreement: Annotated[
         Path | None,
+        typer.Option(metavar="FILE", help="Compare greedy continuations of these prompts.", rich_help_panel=_GREEDY),
+    ] = None,
+    acceptance: Annotated[
+        Path | None,
         typer.Option(
-            metavar="FILE", help="Compare greedy continuations of these prompts.", rich_help_panel="Greedy text"
+            metavar="FILE",
+            help="The candidate as a draft: how much of the reference's greedy text after these prompts it guesses.",
+            rich_help_panel=_GREEDY,
         ),
     ] = None,
-    prompts: Annotated[
-        int, typer.Option(min=1, help="How many of them, from the first.", rich_help_panel="Greedy text")
-    ] = 50,
+    prompts: Annotated[int, typer.Option(min=1, help="How many, from the first.", rich_help_panel=_GREEDY)] = 50,
     gate: Annotated[
         list[str] | None,
         typer.Option(
@@ -100,6 +104,7 @@ def evaluate(
             separator=separator,
             journal=resume or beside,
             agreement=agreement,
+            acceptance=acceptance,
             num_prompts=prompts,
             gates=gates,
             device=device,

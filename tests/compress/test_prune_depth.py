@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,17 @@ from powertrain.checkpoint.load import load_model
 from powertrain.checkpoint.safetensors_folder import write_checkpoint
 from powertrain.checkpoint.source import iterate, open_checkpoint
 from powertrain.compress import compress, load_recipe, plan_compression
+from powertrain.compress.blockwise import block_of
 from powertrain.compress.manifest import read_manifest
 from powertrain.compress.plain_model import load_plain_model
 from powertrain.compress.prune_depth import (
+    PruneDepthStep,
     block_influence,
     depth_pruned,
     greedy_kept,
     most_influential,
     pruned_config,
+    spread,
     without,
 )
 from powertrain.types import PowertrainError
@@ -129,7 +133,9 @@ def test_a_recipe_takes_out_the_blocks_of_least_influence(tiny_model_dir: TinyMo
     samples = ids(4, 32)
     compress(folder, tmp_path / "out", "prune-depth-third", calibration=samples.tolist(), num_samples=4, length=32)
     influences = block_influence(open_checkpoint(folder), samples)
-    assert read_manifest(tmp_path / "out")["recipe"]["steps"] == [{"method": "prune_depth", "share": 1 / 3}]
+    assert read_manifest(tmp_path / "out")["recipe"]["steps"] == [
+        {"method": "prune_depth", "share": 1 / 3, "choose": "influence"}
+    ]
     gone = influences.index(min(influences))
     expected, found = depth_pruned(open_checkpoint(folder), without(3, [gone])), open_checkpoint(tmp_path / "out")
     for name in found.names():
@@ -140,7 +146,7 @@ def test_a_recipe_takes_out_the_blocks_of_least_influence(tiny_model_dir: TinyMo
 
 def test_depth_steps_are_checked_and_told(tiny_model_dir: TinyModel) -> None:
     folder = tiny_model_dir("mistral")
-    for entries in ({"share": 0.4}, {"keep": 2}, {"drop": [1]}):
+    for entries in ({"share": 0.4}, {"keep": 2}, {"drop": [1]}, {"keep": 2, "choose": "spread"}):
         recipe = load_recipe({"steps": [{"method": "prune_depth", **entries}]})
         assert load_recipe(recipe.to_dict()) == recipe
         assert "2 of 3 blocks stay" in plan_compression(folder, recipe).table()
@@ -149,8 +155,40 @@ def test_depth_steps_are_checked_and_told(tiny_model_dir: TinyModel) -> None:
         ({"keep": 2, "drop": [1]}, "one of share"),
         ({"keep": 4}, "1 to 3"),
         ({"share": 1}, "1 to 3"),
+        ({"drop": [1], "choose": "spread"}, "choose not with drop"),
+        ({"keep": 2, "choose": "best"}, r"steps\[0\].choose is unknown: 'best'"),
+        ({"share": 1, "choose": "spread"}, "1 to 3"),
         ({"drop": "1"}, "list of layer"),
         ({"drop": [3]}, "layers to drop"),
     ):
         with pytest.raises(PowertrainError, match=name):
             plan_compression(folder, {"steps": [{"method": "prune_depth", **bad}]})
+
+
+@given(st.integers(1, 100), st.data())
+def test_spread_blocks_hold_both_ends_and_equal_gaps(num_layers: int, data: st.DataObject) -> None:
+    num_kept = data.draw(st.integers(1, num_layers))
+    kept = spread(num_layers, num_kept)
+    assert len(kept) == num_kept
+    assert kept[0] == 0
+    if num_kept > 1:
+        assert kept[-1] == num_layers - 1
+        gaps = {after - before for before, after in pairwise(kept)}
+        assert min(gaps) > 0
+        assert max(gaps) - min(gaps) <= 1
+
+
+def test_a_draft_is_a_fifth_of_the_blocks_and_all_of_the_rest(tiny_model_dir: TinyModel, tmp_path: Path) -> None:
+    (step,) = load_recipe("draft").model_steps
+    assert isinstance(step, PruneDepthStep)
+    assert [step.num_kept(num_layers) for num_layers in (1, 2, 3, 5, 12, 30, 32)] == [1, 1, 1, 1, 2, 6, 6]
+    folder = tiny_model_dir("mistral")
+    assert "1 of 3 blocks stay, those numbered 0" in plan_compression(folder, "draft").table()
+    compress(folder, tmp_path / "draft", "draft", dtype="float32")  # no calibration text
+    source, draft = open_checkpoint(folder), open_checkpoint(tmp_path / "draft")
+    assert draft.config["num_hidden_layers"] == 1
+    assert set(draft.names()) == {name for name in source.names() if block_of(name) in (None, 0)}
+    for name in draft.names():
+        assert torch.equal(draft.load(name), source.load(name)), name
+    tokenizers = [(path / "tokenizer.json").read_bytes() for path in (folder, tmp_path / "draft")]
+    assert tokenizers[0] == tokenizers[1]

@@ -28,7 +28,7 @@ def count_up(prompts: list[list[int]], num_tokens: int, seed: int) -> list[list[
 
 
 def test_what_was_written_counts_and_the_prompt_stays() -> None:
-    batch = OnPolicyBatches(BASE, count_up, share=1.0, num_prompt_tokens=4).at(5)
+    batch = OnPolicyBatches(BASE, lambda: count_up, share=1.0, num_prompt_tokens=4).at(5)
     assert torch.equal(batch.token_ids[:, :4], BASE.at(5).token_ids[:, :4])
     assert batch.is_counted is not None
     for row in range(3):
@@ -39,7 +39,7 @@ def test_what_was_written_counts_and_the_prompt_stays() -> None:
 
 
 def test_a_share_of_the_steps_is_written_and_always_the_same_ones() -> None:
-    batches = OnPolicyBatches(BASE, count_up, share=0.3, num_prompt_tokens=4, seed=1)
+    batches = OnPolicyBatches(BASE, lambda: count_up, share=0.3, num_prompt_tokens=4, seed=1)
     written = [step for step in range(200) if batches.at(step).is_counted is not None]
     assert 30 < len(written) < 90
     assert written == [step for step in range(200) if batches.at(step).is_counted is not None]
@@ -60,7 +60,7 @@ def test_a_student_learns_from_its_own_samples(tiny_model_dir: TinyModel) -> Non
         return ids[:, len(prompts[0]) :].tolist()
 
     def trainer() -> Trainer:
-        batches = OnPolicyBatches(BASE, sample, share=0.5, num_prompt_tokens=4)
+        batches = OnPolicyBatches(BASE, lambda: sample, share=0.5, num_prompt_tokens=4)
         teacher = LiveTeacher(load_plain_model(source, "cpu", torch.float32))
         config = TrainConfig(steps=30, learning_rate=3e-3, evaluate_every=15)
         return Trainer(teacher, student, batches, Batch(BASE.at(70).token_ids), config)
@@ -72,8 +72,8 @@ def test_a_student_learns_from_its_own_samples(tiny_model_dir: TinyModel) -> Non
 def test_answers_that_do_not_fit_are_refused() -> None:
     for sample, name in ((lambda *_: [[1]], "1 continuations for 3"), (lambda *_: [[], [], []], "no token")):
         with pytest.raises(PowertrainError, match=name):
-            OnPolicyBatches(BASE, sample, share=1.0, num_prompt_tokens=4).at(0)
+            OnPolicyBatches(BASE, lambda given=sample: given, share=1.0, num_prompt_tokens=4).at(0)
     with pytest.raises(PowertrainError, match="leave nothing"):
-        OnPolicyBatches(BASE, count_up, share=1.0, num_prompt_tokens=10).at(0)
+        OnPolicyBatches(BASE, lambda: count_up, share=1.0, num_prompt_tokens=10).at(0)
     with pytest.raises(PowertrainError, match="share"):
-        OnPolicyBatches(BASE, count_up, share=1.5, num_prompt_tokens=4)
+        OnPolicyBatches(BASE, lambda: count_up, share=1.5, num_prompt_tokens=4)

@@ -58,14 +58,21 @@ def _steps_that_fit(groups: torch.Tensor) -> int | None:
     if not bool(torch.isfinite(groups).all()) or not bool(varied.any()):
         return None
     groups, low, high = groups[varied], low[varied], high[varied]
-    energy = groups.square().sum(dim=1)
     num_steps = torch.arange(1, MAX_STEPS + 1, dtype=torch.float64).view(-1, 1, 1)
-    position = (groups - low) / (high - low) * num_steps
-    residual = (position - position.round()) * ((high - low) / num_steps)
-    fits = residual.square().sum(dim=2) < TOLERANCE * energy
+    distances = squared_distances(groups, low, high - low, num_steps).sum(dim=2)
+    fits = distances < TOLERANCE * groups.square().sum(dim=1)
     if not bool(fits.any(dim=0).all()):
         return None
     return int(fits.to(torch.int8).argmax(dim=0).max()) + 1
+
+
+def squared_distances(
+    values: torch.Tensor, low: torch.Tensor, span: torch.Tensor, num_steps: torch.Tensor | int
+) -> torch.Tensor:
+    """Squared distances of values [n, g] to the nearest of `num_steps` equal steps from low to low + span, [n, 1]."""
+    step = span / num_steps
+    position = (values - low) / step
+    return ((position - position.round()) * step).square()
 
 
 def describe_leaks(grids: Iterable[tuple[str, Grid | None]]) -> list[str]:

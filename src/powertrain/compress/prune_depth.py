@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional
@@ -18,7 +18,7 @@ from powertrain.compress.blockwise import TOKENS_AT_ONCE, block_of, names_by_blo
 from powertrain.compress.model_step import CheckpointView, Progress, StepContext
 from powertrain.compress.plain_decoder import PlainBlock
 from powertrain.compress.plain_model import EMBEDDING, PlainModel, mean_kl
-from powertrain.compress.recipe_fields import fraction, integer, refuse_unknown_keys
+from powertrain.compress.recipe_fields import fraction, integer, one_of, refuse_unknown_keys
 from powertrain.model.families import model_config
 from powertrain.types import PowertrainError
 
@@ -26,27 +26,34 @@ PER_LAYER_LISTS = ("layer_types", "no_rope_layers")
 """Keys of a Hugging Face config that hold one entry per layer."""
 
 
+Choose = Literal["influence", "spread"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneDepthStep:
-    """`{method: prune_depth, share: 0.3333}`: blocks taken out, those of least influence first.
+    """`{method: prune_depth, share: 0.3333, choose: influence}`: some blocks taken out.
 
-    One of `share` (of the blocks that go, rounded), `keep` (how many stay) and `drop` (a list of those that go, which
-    needs no calibration) is given.
+    One of `share` (of the blocks that go, rounded; below 1 it leaves one), `keep` (how many stay) and `drop` (a list of
+    those that go) is given. `choose`: those of least influence go, or with "spread" the first and the last stay and
+    others at equal distances between them, which needs no calibration; nor does `drop`.
     """
 
     share: float | None = None
     keep: int | None = None
     drop: tuple[int, ...] | None = None
+    choose: Choose = "influence"
 
     @classmethod
     def parse(cls, entries: Mapping[str, Any], where: str) -> PruneDepthStep:
-        refuse_unknown_keys(entries, ("share", "keep", "drop"), where)
-        if len(entries) != 1:
-            raise PowertrainError(f"{where}: prune_depth wants one of share, keep and drop")
+        refuse_unknown_keys(entries, ("share", "keep", "drop", "choose"), where)
+        given = [key for key in ("share", "keep", "drop") if key in entries]
+        if len(given) != 1 or ("drop" in given and "choose" in entries):
+            raise PowertrainError(f"{where}: prune_depth wants one of share, keep and drop, and choose not with drop")
+        choose: Any = one_of(entries.get("choose", "influence"), ("influence", "spread"), f"{where}.choose")
         if "share" in entries:
-            return cls(share=fraction(entries["share"], f"{where}.share"))
+            return cls(share=fraction(entries["share"], f"{where}.share"), choose=choose)
         if "keep" in entries:
-            return cls(keep=integer(entries["keep"], f"{where}.keep", least=1))
+            return cls(keep=integer(entries["keep"], f"{where}.keep", least=1), choose=choose)
         drop = entries["drop"]
         if not isinstance(drop, Sequence) or isinstance(drop, str) or not drop:
             raise PowertrainError(f"{where}.drop must be a list of layer numbers, got {drop!r}")
@@ -54,29 +61,43 @@ class PruneDepthStep:
 
     @property
     def is_calibrated(self) -> bool:
-        return self.drop is None
+        return self.drop is None and self.choose == "influence"
 
     def to_dict(self) -> dict[str, Any]:
-        given = {"share": self.share, "keep": self.keep, "drop": self.drop and list(self.drop)}
-        return {"method": "prune_depth", **{key: value for key, value in given.items() if value is not None}}
+        if self.drop is not None:
+            return {"method": "prune_depth", "drop": list(self.drop)}
+        size = {"keep": self.keep} if self.share is None else {"share": self.share}
+        return {"method": "prune_depth", **size, "choose": self.choose}
 
     def num_kept(self, num_layers: int) -> int:
-        return self.keep if self.keep is not None else num_layers - round((self.share or 0.0) * num_layers)
+        if self.share is None:
+            return self.keep or 0
+        return max(num_layers - round(self.share * num_layers), int(self.share < 1))
+
+    def kept(self, num_layers: int, influences: Sequence[float] | None = None) -> list[int]:
+        """The blocks that stay. A calibrated step without its `influences` gives as many, of the same shapes."""
+        if self.drop is not None:
+            return without(num_layers, self.drop)
+        num_kept = self.num_kept(num_layers)
+        if self.choose == "spread":
+            return spread(num_layers, num_kept)
+        return most_influential(influences or [0.0] * num_layers, num_kept)
 
     def outline(self, checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
         num_layers = model_config(checkpoint.config).num_layers
+        kept = self.kept(num_layers)
         if self.drop is not None:
-            kept, chosen = without(num_layers, self.drop), f"without {', '.join(map(str, sorted(self.drop)))}"
-        else:  # which ones is known after calibration; all have the same shapes
-            kept, chosen = most_influential([0.0] * num_layers, self.num_kept(num_layers)), "by block influence"
+            chosen = f"without {', '.join(map(str, sorted(self.drop)))}"
+        else:
+            chosen = "by block influence" if self.is_calibrated else f"those numbered {', '.join(map(str, kept))}"
         return depth_pruned(checkpoint, kept), [f"prune_depth: {len(kept)} of {num_layers} blocks stay, {chosen}"]
 
     def apply(self, checkpoint: Checkpoint, context: StepContext) -> Checkpoint:
-        if self.drop is not None:
-            return depth_pruned(checkpoint, without(model_config(checkpoint.config).num_layers, self.drop))
-        assert context.calibration is not None
-        found = block_influence(checkpoint, context.calibration.token_ids, context.device, context.progress)
-        return depth_pruned(checkpoint, most_influential(found, self.num_kept(len(found))))
+        influences = None
+        if self.is_calibrated:
+            assert context.calibration is not None
+            influences = block_influence(checkpoint, context.calibration.token_ids, context.device, context.progress)
+        return depth_pruned(checkpoint, self.kept(model_config(checkpoint.config).num_layers, influences))
 
 
 def depth_pruned(source: Checkpoint, kept: Sequence[int]) -> Checkpoint:
@@ -149,10 +170,21 @@ def block_influence(
 
 def most_influential(influences: Sequence[float], num_kept: int) -> list[int]:
     """The blocks to keep, in order: the `num_kept` of most influence; of equals the earlier one."""
-    if not 1 <= num_kept <= len(influences):
-        raise PowertrainError(f"layers to keep must be 1 to {len(influences)}, got {num_kept}")
+    _check_num_kept(len(influences), num_kept)
     order = sorted(range(len(influences)), key=lambda index: (-influences[index], index))
     return sorted(order[:num_kept])
+
+
+def spread(num_layers: int, num_kept: int) -> list[int]:
+    """The blocks to keep, in order: the first, the last and others at equal distances, rounded; of one, the first."""
+    _check_num_kept(num_layers, num_kept)
+    gaps = max(num_kept - 1, 1)
+    return [(index * (num_layers - 1) + gaps // 2) // gaps for index in range(num_kept)]
+
+
+def _check_num_kept(num_layers: int, num_kept: int) -> None:
+    if not 1 <= num_kept <= num_layers:
+        raise PowertrainError(f"layers to keep must be 1 to {num_layers}, got {num_kept}")
 
 
 def without(num_layers: int, dropped: Collection[int]) -> list[int]:

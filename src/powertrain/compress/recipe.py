@@ -11,6 +11,7 @@ from typing import Any, Literal
 from powertrain.checkpoint.float_presets import FLOAT_PRESETS, FloatScheme
 from powertrain.compress import sign_rounding
 from powertrain.compress.awq import AwqStep
+from powertrain.compress.dither import DitherStep
 from powertrain.compress.gptq import MAX_DAMPING, GptqOptions
 from powertrain.compress.model_step import ModelStep
 from powertrain.compress.prune_depth import PruneDepthStep
@@ -57,6 +58,7 @@ FLOAT_METHODS = ("rtn", "gptq")
 
 MODEL_STEPS: dict[str, Callable[[Mapping[str, Any], str], ModelStep]] = {
     "rotate": RotateStep.parse,
+    "dither": DitherStep.parse,
     "awq": AwqStep.parse,
     "smoothquant": SmoothQuantStep.parse,
     "prune_depth": PruneDepthStep.parse,
@@ -67,7 +69,9 @@ MODEL_STEPS: dict[str, Callable[[Mapping[str, Any], str], ModelStep]] = {
 
 _MODEL_PRESETS: dict[str, list[dict[str, Any]]] = {
     "rotated": [{"method": "rotate"}],
+    "dithered": [{"method": "dither"}],
     "prune-depth-third": [{"method": "prune_depth", "share": 1 / 3}],
+    "draft": [{"method": "prune_depth", "share": 0.8, "choose": "spread"}],
 }
 PRESETS = (*SCHEMES, *_MODEL_PRESETS)
 

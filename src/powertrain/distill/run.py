@@ -20,7 +20,8 @@ from powertrain.checkpoint.tokenizer_files import hugging_face_files, load_token
 from powertrain.compress.calibrate import NgramFilter
 from powertrain.compress.manifest import MANIFEST_FILE, manifest_text, weights_sha256
 from powertrain.compress.plain_model import load_plain_model
-from powertrain.distill.batches import Batch, WindowBatches, split_off, tokens_sha256
+from powertrain.distill.batches import Batch, Batches, WindowBatches, split_off, tokens_sha256
+from powertrain.distill.on_policy import OnPolicy
 from powertrain.distill.parallel import sharded_teacher
 from powertrain.distill.quantized_student import Trains, quantized_student
 from powertrain.distill.state import History
@@ -88,6 +89,7 @@ def distill(
     max_seconds: float | None = None,
     trains: Trains = "scales",
     top_k: int | None = None,
+    on_policy: OnPolicy | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> DistillReport:
@@ -98,9 +100,10 @@ def distill(
     data hashes, settings and the loss curve. A student of integers (compressed-tensors) stays one: its scales are
     trained, and with `trains` "weights" its integers and norms too. `top_k`: the teacher runs once, so many of its
     log-probabilities of each position are stored in `OUT.training`, and learned from. `held_out`: text whose KL is
-    watched (the ends of `data` if None). Where `compute.processes` are several, all of them call this, on one file
-    system, and the first one writes. Raises `PowertrainError` for models of different vocabularies, too little
-    text, or a state of another run.
+    watched (the ends of `data` if None). `on_policy`: a share of the steps trains on what the student writes. Where
+    `compute.processes` are several, all of them call this, on one file system, and the first one writes. Raises
+    `PowertrainError` for models of different vocabularies, too little text, on-policy steps under several processes,
+    or a state of another run.
     """
     out, text, compute = Path(out).absolute(), text or TextConfig(), compute or Compute()
     work = out.with_name(f"{out.name}.training")
@@ -111,6 +114,8 @@ def distill(
     longest = min(model_config(one.config).max_position for one in (source, pupil))
     if not 2 <= text.length <= longest:
         raise PowertrainError(f"windows must have 2 to {longest} tokens for these models, got {text.length}")
+    if on_policy is not None:
+        _check_on_policy(on_policy, text, top_k, compute)
     runs = training_runs(data, load_tokenizer(source.path), progress)
     windows, shared = _held_out(runs, held_out, source, text)
     trained = _student(pupil, source, trains, compute)
@@ -125,12 +130,17 @@ def distill(
     stored: dict[str, Any] = {"top_k": top_k, "folder": work / "teacher-logits", "sha256": identity["teacher"]}
     teaching, watched = _teaching(source, compute, batches, windows, **stored, progress=progress)
     where = {**identity, "trains": trains, "top_k": top_k}
-    trainer = Trainer(teaching, trained, batches, watched, config, compute=compute, folder=work, identity=where)
-    history = trainer.run(max_seconds=max_seconds, progress=progress)
+    seen: Batches = batches
+    if on_policy is not None:
+        seen = on_policy.batches(batches, trained, pupil.config, compute.device, compute.dtype, seed=text.seed)
+    trainer = Trainer(teaching, trained, seen, watched, config, compute=compute, folder=work, identity=where)
+    pause_every = 1 if on_policy is None else on_policy.refresh_every
+    history = trainer.run(max_seconds=max_seconds, pause_every=pause_every, progress=progress)
     about: dict[str, Any] = {"teacher": str(teacher), "student": str(student), "text": asdict(text)}
     about |= {"data": [Path(file).name for file in data], "data_sha256": batches.sha256}
     about |= {"num_training_tokens": sum(map(len, runs))}
     about |= {"trains": trains, "top_k": top_k, "sha256": identity, "training_13grams_in_held_out_text": shared}
+    about["on_policy"] = None if on_policy is None else on_policy.to_dict()
     manifest = distillation_manifest(config, history, about)
     best = trainer.best_parameters() if history.ended is not None else None
     if best is not None and compute.processes.is_first:
@@ -171,6 +181,17 @@ def _teaching(
     stored = store_teacher_logits(frozen, every, folder, k=top_k, teacher_sha256=sha256, part=part, progress=progress)
     processes.meet()  # each reads what all have stored
     return stored, Batch(held_out, keys=tuple(range(batches.num_windows, len(every))))
+
+
+def _check_on_policy(on_policy: OnPolicy, text: TextConfig, top_k: int | None, compute: Compute) -> None:
+    if top_k is not None:
+        raise PowertrainError("on-policy: stored teacher logits (top_k) are of given text; leave one of the two out")
+    if compute.processes.size > 1:
+        raise PowertrainError("on-policy: the sampler wants the whole student in one process; leave --on-policy out")
+    if on_policy.num_prompt_tokens >= text.length:
+        raise PowertrainError(
+            f"on-policy: prompts of {on_policy.num_prompt_tokens} tokens leave nothing of windows of {text.length}"
+        )
 
 
 def check_pair(teacher: Checkpoint, student: Checkpoint) -> None:

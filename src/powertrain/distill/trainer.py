@@ -135,10 +135,16 @@ class Trainer:
         self._processes.check_alike(f"{self._identity} {self.history.step}")
 
     def run(
-        self, *, max_seconds: float | None = None, save_every: float = SAVE_EVERY, progress: Progress | None = None
+        self,
+        *,
+        max_seconds: float | None = None,
+        save_every: float = SAVE_EVERY,
+        pause_every: int = 1,
+        progress: Progress | None = None,
     ) -> History:
         """Train until the run is over, or `max_seconds` have passed; the state is stored then, and every `save_every`
-        seconds, so that a run that is killed loses no more.
+        seconds, so that a run that is killed loses no more. Both only after a multiple of `pause_every` steps: where
+        batches come from the student itself, a run can go on as it was only from there.
 
         Raises `PowertrainError` where the loss is no longer a number; the last stored state stays.
         """
@@ -150,16 +156,17 @@ class Trainer:
                 self._evaluate()
             now = clock()
             history.seconds = earlier + now - begun
+            may_pause = history.step % pause_every == 0
             share = config.progress(history.step, history.seconds)
             if progress is not None:
                 progress("distill", share, 1.0)
             if share >= 1.0:
                 is_by_steps = config.steps is not None and history.step >= config.steps
                 history.ended = history.ended or ("steps" if is_by_steps else "seconds")
-            elif history.ended or (max_seconds is not None and now - begun >= max_seconds):
+            elif history.ended or (may_pause and max_seconds is not None and now - begun >= max_seconds):
                 break
             else:
-                if now - saved >= save_every:
+                if may_pause and now - saved >= save_every:
                     self.save()
                     saved = clock()
                 self._step(config.rate(config.progress(history.step + 1, history.seconds)))

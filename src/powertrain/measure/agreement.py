@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from powertrain.config import EngineConfig
-from powertrain.engine.core import Engine
+from powertrain.engine.offline import run_offline
 from powertrain.measure.scoring import Model, Progress, check_same_vocabulary
 from powertrain.text_data import read_utf8
 from powertrain.tokenizer import Tokenizer
 from powertrain.types import PowertrainError, Request, SamplingParams
 
-MAX_BATCH = 32
 DEFAULT_PROMPTS = 50
 DEFAULT_TOKENS = 128
 
@@ -56,6 +54,8 @@ def read_prompts(path: str | Path, tokenizer: Tokenizer, num_prompts: int) -> li
     `query` or `text`, taken as it is. Raises `PowertrainError` naming file and line.
     """
     path = Path(path)
+    if num_prompts < 1:
+        raise PowertrainError(f"num_prompts must be at least 1, got {num_prompts}")
     text = read_utf8(path, "give a file of text or JSON lines")
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()][:num_prompts]
     if not lines:
@@ -98,12 +98,10 @@ def agreement(
     from powertrain.checkpoint.tokenizer_files import load_tokenizer
 
     check_same_vocabulary(candidate, reference)
-    if num_prompts < 1 or max_tokens < 1:
-        raise PowertrainError(f"num_prompts and max_tokens must be at least 1, got {num_prompts} and {max_tokens}")
     tokenizer = load_tokenizer(reference.path)
     prompts = read_prompts(data, tokenizer, num_prompts)
     eos = tokenizer.eos_token_ids
-    theirs, ours = (_greedy(model, prompts, eos, max_tokens, progress) for model in (reference, candidate))
+    theirs, ours = (greedy_texts(model, prompts, eos, max_tokens, progress) for model in (reference, candidate))
     pairs = list(zip(theirs, ours, strict=True))
     lengths = tuple(_first_difference(one, other) for one, other in pairs)
     p25, median, p75 = (float(value) for value in np.percentile(lengths, (25, 50, 75)))
@@ -124,45 +122,27 @@ def _first_difference(one: Sequence[int], other: Sequence[int]) -> int:
     return next((at for at in range(shorter) if one[at] != other[at]), shorter)
 
 
-def _greedy(
+def greedy_texts(
     model: Model,
     prompts: Sequence[tuple[int, ...]],
     eos_token_ids: tuple[int, ...],
     max_tokens: int,
     progress: Progress | None,
 ) -> list[list[int]]:
-    """What the engine writes after each prompt, end tokens included."""
-    decoder = model.decoder
-    block_size = 16
+    """What the engine writes after each prompt, `max_tokens` at most, end tokens included. Raises `PowertrainError`."""
+    if max_tokens < 1:
+        raise PowertrainError(f"max_tokens must be at least 1, got {max_tokens}")
     longest = max(map(len, prompts)) + max_tokens
     if model.max_length is not None and longest > model.max_length:
         raise PowertrainError(f"a prompt and {max_tokens} tokens are {longest}: {model.name} holds {model.max_length}")
-    batch = min(MAX_BATCH, len(prompts))
-    config = EngineConfig.from_options(
-        device=decoder.device.type,
-        dtype=str(decoder.dtype).removeprefix("torch."),
-        max_model_len=longest,
-        max_num_seqs=batch,
-        block_size=block_size,
-        num_blocks=batch * -(-longest // block_size),
-    )
-    engine = Engine(decoder, config, model.name)
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    for index, ids in enumerate(prompts):
-        request = Request(request_id=str(index), prompt_token_ids=ids, sampling=sampling, eos_token_ids=eos_token_ids)
-        engine.add(request)
-    return _run(engine, len(prompts), model.name, progress)
+    requests = [
+        Request(request_id=str(index), prompt_token_ids=ids, sampling=sampling, eos_token_ids=eos_token_ids)
+        for index, ids in enumerate(prompts)
+    ]
 
-
-def _run(engine: Engine, num_prompts: int, name: str, progress: Progress | None) -> list[list[int]]:
-    texts: list[list[int]] = [[] for _ in range(num_prompts)]
-    done = 0
-    while engine.has_work():
-        for output in engine.step():
-            if output.error is not None:
-                raise PowertrainError(f"{name} could not continue prompt {output.request_id}: {output.error}")
-            texts[int(output.request_id)].extend(output.token_ids)
-            done += output.finish_reason is not None
+    def watch(num_written: int, num_done: int) -> None:
         if progress is not None:
-            progress(f"greedy text, {name}", done, num_prompts)
-    return texts
+            progress(f"greedy text, {model.name}", num_done, len(prompts))
+
+    return run_offline(model.decoder, requests, longest, watch=watch)

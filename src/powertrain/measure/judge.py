@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from powertrain.measure import agreement as greedy
+from powertrain.measure.acceptance import Acceptance
+from powertrain.measure.acceptance import acceptance as accept
 from powertrain.measure.evaluate import DEFAULT_NUM_TOKENS, DEFAULT_WINDOW, Evaluation, Reference
 from powertrain.measure.gates import Gate, Verdict, check_gates_can_be_held, hold
 from powertrain.measure.overlap import Overlap, find_overlap, refuse_overlaps, scored_parts, task_parts
@@ -33,6 +35,7 @@ class Judgement:
     evaluation: Evaluation | None
     tasks: TaskEvaluation | None
     agreement: greedy.Agreement | None
+    acceptance: Acceptance | None
     verdicts: Sequence[Verdict]
     overlaps: Sequence[Overlap] = ()
     layers: LayerDistances | None = None
@@ -52,6 +55,8 @@ class Judgement:
             record["tasks_run"] = {name: whole[name] for name in ("settings", "num_resumed", "seconds")}
         if self.agreement is not None:
             record["agreement"] = self.agreement.to_dict()
+        if self.acceptance is not None:
+            record["acceptance"] = self.acceptance.to_dict()
         if self.overlaps:
             record["overlaps"] = [overlap.to_dict() for overlap in self.overlaps]
         if self.verdicts:
@@ -70,6 +75,8 @@ class Judgement:
             entries["tasks"] = [{key: value for key, value in row.items() if key != "items"} for row in results]
         if self.agreement is not None:
             entries["agreement"] = self.agreement.to_dict()
+        if self.acceptance is not None:
+            entries["acceptance"] = self.acceptance.to_dict()
         return entries
 
     def text(self) -> str:
@@ -78,6 +85,7 @@ class Judgement:
         parts += [] if self.layers is None else [self.layers.text()]
         parts += [] if self.tasks is None else [tasks_text(self.tasks.tasks)]
         parts += [] if self.agreement is None else [agreement_text(self.agreement)]
+        parts += [] if self.acceptance is None else [acceptance_text(self.acceptance)]
         return "\n\n".join(parts)
 
 
@@ -95,6 +103,7 @@ def judge(
     separator: str | None = None,
     journal: str | Path | None = None,
     agreement: str | Path | None = None,
+    acceptance: str | Path | None = None,
     num_prompts: int = greedy.DEFAULT_PROMPTS,
     gates: Sequence[Gate] = (),
     device: str = "auto",
@@ -106,13 +115,13 @@ def judge(
     progress: Progress | None = None,
 ) -> Judgement:
     """Compare on text as `evaluate` (unless `data` is "none"), there `per_layer` too as `compare_layers`, on tasks as
-    `evaluate_tasks`, on greedy text of the file `agreement`; hold the gates. Raises what these raise, and
-    `PowertrainError` for a gate on what is not measured, or for text or items that share runs of 13 tokens with a
-    model's calibration, unless `allows_overlap`.
+    `evaluate_tasks`, on greedy text after the prompts in the files `agreement` and `acceptance`; hold the gates.
+    Raises what these raise, and `PowertrainError` for a gate on what is not measured, or for text or items that share
+    runs of 13 tokens with a model's calibration, unless `allows_overlap`.
     """
     has_data = str(data) != NONE
-    if not has_data and not tasks and agreement is None:
-        raise PowertrainError("--data none leaves nothing to compare: give a --task or --agreement")
+    if not has_data and not tasks and agreement is None and acceptance is None:
+        raise PowertrainError("--data none leaves nothing to compare: give a --task, --agreement or --acceptance")
     if per_layer and not has_data:
         raise PowertrainError("--per-layer needs --data other than none")
     check_gates_can_be_held(gates, has_data=has_data, has_tasks=bool(tasks))
@@ -120,7 +129,7 @@ def judge(
     ours = read_model(candidate, device=device, dtype=dtype, kernels=kernels, kv_cache_dtype=kv_cache_dtype)
     if per_layer:
         check_layers_correspond(ours, theirs)
-    evaluation = answered = written = layers = None
+    evaluation = answered = written = accepted = layers = None
     models, overlaps = (ours, theirs), []
     for task in read_tasks(tasks):
         overlaps += find_overlap(task.name, task_parts(task.first_by_hash(limit), theirs, separator), models)
@@ -137,9 +146,16 @@ def judge(
         )
     if agreement is not None:
         written = greedy.agreement(ours, theirs, agreement, num_prompts=num_prompts, progress=progress)
-    verdicts = hold(gates, evaluation, () if answered is None else answered.tasks)
+    if acceptance is not None:
+        accepted = accept(ours, theirs, acceptance, num_prompts=num_prompts, seed=seed, progress=progress)
     return Judgement(
-        evaluation=evaluation, tasks=answered, agreement=written, verdicts=verdicts, overlaps=overlaps, layers=layers
+        evaluation=evaluation,
+        tasks=answered,
+        agreement=written,
+        acceptance=accepted,
+        verdicts=hold(gates, evaluation, () if answered is None else answered.tasks),
+        overlaps=overlaps,
+        layers=layers,
     )
 
 
@@ -189,4 +205,15 @@ def agreement_text(found: greedy.Agreement) -> str:
     return (
         f"greedy text agrees for {found.median:g} tokens (median; quartiles {found.p25:g} and {found.p75:g}), "
         f"{100 * found.identical:.0f} % of {found.num_prompts} prompts to the end of at most {found.max_tokens}"
+    )
+
+
+def acceptance_text(found: Acceptance) -> str:
+    """What drafts of the candidate are worth, in two lines."""
+    low, high = found.intervals.get("alpha", (None, None))
+    interval = f" [{100 * low:.1f}, {100 * high:.1f}]" if low is not None and high is not None else ""
+    per_step = "   ".join(f"{k}: {value:.2f}" for k, value in found.tokens_per_step.items())
+    return (
+        f"as a draft: {100 * found.alpha:.1f} %{interval} of {found.num_tokens:,} greedy tokens accepted, "
+        f"{found.length:.2f} in a row\ntokens per step by number of drafts   {per_step}"
     )

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from powertrain.config import EngineConfig
-from powertrain.engine.core import Engine
+from powertrain.engine.offline import run_offline
 from powertrain.model.decoder import Decoder
 from powertrain.text_data import Window
 from powertrain.tokenizer import Tokenizer
-from powertrain.types import PowertrainError, Request, SamplingParams
+from powertrain.types import Request, SamplingParams
 
 Progress = Callable[[str, float, float | None], None]
-
-MAX_BATCH = 32
 
 # Openings for a model with a chat template: the kinds of things people ask, and no evaluation item.
 _QUESTIONS = (
@@ -51,13 +48,23 @@ def sample_windows(
     """
     num_windows = max(1, num_tokens // window)
     openings = [_opening(tokenizer, index, window) for index in range(num_windows)]
-    engine = Engine(decoder, _engine_config(decoder, min(MAX_BATCH, num_windows), window), "reference")
-    for index, opening in enumerate(openings):
-        sampling = SamplingParams(
-            temperature=1.0, max_tokens=window - len(opening), ignore_eos=True, seed=seed * 1_000_003 + index
+    requests = [
+        Request(
+            request_id=str(index),
+            prompt_token_ids=opening,
+            sampling=SamplingParams(
+                temperature=1.0, max_tokens=window - len(opening), ignore_eos=True, seed=seed * 1_000_003 + index
+            ),
         )
-        engine.add(Request(request_id=str(index), prompt_token_ids=opening, sampling=sampling))
-    sampled = _run(engine, num_windows, sum(window - len(opening) for opening in openings), progress)
+        for index, opening in enumerate(openings)
+    ]
+    total = sum(window - len(opening) for opening in openings)
+
+    def watch(num_sampled: int, num_done: int) -> None:
+        if progress is not None:
+            progress("sample text", num_sampled, total)
+
+    sampled = run_offline(decoder, requests, window, watch=watch)
     return [Window((*opening, *ids), len(opening)) for opening, ids in zip(openings, sampled, strict=True)]
 
 
@@ -75,31 +82,6 @@ def own_texts(
         read.decoder, tokenizer, num_tokens=num_tokens, window=length, seed=seed, progress=progress
     )
     return [list(window.token_ids) for window in windows]
-
-
-def _engine_config(decoder: Decoder, batch: int, window: int) -> EngineConfig:
-    """As little engine as does it: a pool that just holds the batch, which may be short where memory is not."""
-    block_size = 16
-    return EngineConfig.from_options(
-        device=decoder.device.type,
-        dtype=str(decoder.dtype).removeprefix("torch."),
-        max_model_len=window,
-        max_num_seqs=batch,
-        block_size=block_size,
-        num_blocks=batch * -(-window // block_size),
-    )
-
-
-def _run(engine: Engine, num_windows: int, num_tokens: int, progress: Progress | None) -> list[list[int]]:
-    sampled: list[list[int]] = [[] for _ in range(num_windows)]
-    while engine.has_work():
-        for output in engine.step():
-            if output.error is not None:
-                raise PowertrainError(f"the reference could not write its own text: {output.error}")
-            sampled[int(output.request_id)].extend(output.token_ids)
-        if progress is not None:
-            progress("sample text", sum(map(len, sampled)), num_tokens)
-    return sampled
 
 
 def _opening(tokenizer: Tokenizer, index: int, window: int) -> tuple[int, ...]:

@@ -123,6 +123,18 @@ def summarize_items(columns: Mapping[str, Floats], num_resamples: int = 1000, se
     return Summary(values, _intervals(statistics(_resamples(num_items, num_resamples, seed)), num_items))
 
 
+def summarize_ratios(pairs: Mapping[str, tuple[Floats, Floats]], num_resamples: int = 1000, seed: int = 0) -> Summary:
+    """Sum of the first column over sum of the second, each [items], with its 95 % bootstrap interval over items."""
+    above = np.stack([pair[0] for pair in pairs.values()], axis=1)
+    below = np.stack([pair[1] for pair in pairs.values()], axis=1)
+
+    def statistics(counts: Floats) -> Iterator[dict[str, float]]:
+        return (dict(zip(pairs, map(float, row), strict=True)) for row in (counts @ above) / (counts @ below))
+
+    values = next(statistics(np.ones((1, len(above)))))
+    return Summary(values, _intervals(statistics(_resamples(len(above), num_resamples, seed)), len(above)))
+
+
 def _resamples(num_windows: int, num_resamples: int, seed: int) -> Floats:
     """How often each draw with replacement takes each window: [num_resamples, num_windows]."""
     generator = np.random.default_rng(seed)

@@ -55,6 +55,7 @@ def _fill(text: str, exponent: str, offset: str, type_name: str) -> tl.constexpr
     return tl.constexpr(text.replace("EXPONENT", exponent).replace("OFFSET", offset).replace("TYPE", type_name))
 
 
+_FOUR = tl.constexpr("=r,=r,=r,=r,r")
 _BYTES_TO_BFLOAT16 = _fill(_NIBBLES_OF_BYTES, "0x43434343", "0x43084308", "bf16x2")
 _BYTES_TO_FLOAT16 = _fill(_NIBBLES_OF_BYTES, "0x64646464", "0x64086408", "f16x2")
 _WORDS_TO_BFLOAT16 = _fill(_NIBBLES_OF_WORDS, "0x43004300", "0x43084308", "bf16x2")
@@ -99,33 +100,26 @@ _INT8_BY_HALF = tl.constexpr("""{
 @triton.jit
 def unpack_nibbles(packed, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):
     """The nibbles of words of 8 or 16 bits less 8, as floats: one tensor for each nibble, the lowest first."""
-    is_half: tl.constexpr = dtype == tl.float16
-    if packed.dtype == tl.int16:
-        if IS_COMPILED and (is_half or dtype == tl.bfloat16):
-            return tl.inline_asm_elementwise(
-                _WORDS_TO_FLOAT16 if is_half else _WORDS_TO_BFLOAT16,
-                "=r,=r,=r,=r,r",
-                [packed],
-                dtype=(dtype, dtype, dtype, dtype),
-                is_pure=True,
-                pack=2,
-            )
-        else:
-            return (
-                _nibble(packed, 0, dtype),
-                _nibble(packed, 4, dtype),
-                _nibble(packed, 8, dtype),
-                _nibble(packed, 12, dtype),
-            )
-    elif IS_COMPILED and (is_half or dtype == tl.bfloat16):
-        return tl.inline_asm_elementwise(
-            _BYTES_TO_FLOAT16 if is_half else _BYTES_TO_BFLOAT16,
-            "=r,=r,=r,=r,r",
-            [packed],
-            dtype=(dtype, dtype),
-            is_pure=True,
-            pack=4,
+    # the types of several results have to be written out
+    if packed.dtype == tl.int16 and IS_COMPILED and dtype == tl.bfloat16:
+        types: tl.constexpr = (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16)
+        return tl.inline_asm_elementwise(_WORDS_TO_BFLOAT16, _FOUR, [packed], dtype=types, is_pure=True, pack=2)
+    elif packed.dtype == tl.int16 and IS_COMPILED and dtype == tl.float16:
+        types: tl.constexpr = (tl.float16, tl.float16, tl.float16, tl.float16)
+        return tl.inline_asm_elementwise(_WORDS_TO_FLOAT16, _FOUR, [packed], dtype=types, is_pure=True, pack=2)
+    elif packed.dtype == tl.int16:
+        return (
+            _nibble(packed, 0, dtype),
+            _nibble(packed, 4, dtype),
+            _nibble(packed, 8, dtype),
+            _nibble(packed, 12, dtype),
         )
+    elif IS_COMPILED and dtype == tl.bfloat16:
+        types: tl.constexpr = (tl.bfloat16, tl.bfloat16)
+        return tl.inline_asm_elementwise(_BYTES_TO_BFLOAT16, _FOUR, [packed], dtype=types, is_pure=True, pack=4)
+    elif IS_COMPILED and dtype == tl.float16:
+        types: tl.constexpr = (tl.float16, tl.float16)
+        return tl.inline_asm_elementwise(_BYTES_TO_FLOAT16, _FOUR, [packed], dtype=types, is_pure=True, pack=4)
     else:
         return _nibble(packed, 0, dtype), _nibble(packed, 4, dtype)
 

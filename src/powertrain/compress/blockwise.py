@@ -43,11 +43,21 @@ class CalibratedWalk:
     """The streams of all calibration tokens between two blocks, and the way through one."""
 
     def __init__(
-        self, config: ModelConfig, embedding: torch.Tensor, token_ids: torch.Tensor, *, keeps_original: bool
+        self,
+        config: ModelConfig,
+        embedding: torch.Tensor,
+        token_ids: torch.Tensor,
+        *,
+        keeps_original: bool,
+        wants_hessians: bool = True,
     ) -> None:
-        """embedding: [vocab, hidden]; token_ids: int64 [samples, tokens]. `keeps_original`: for asymmetric moments."""
+        """embedding: [vocab, hidden]; token_ids: int64 [samples, tokens]. `keeps_original`: for asymmetric moments.
+
+        `wants_hessians` False leaves the moments' Hessians empty, for methods that only ask how large inputs are.
+        """
         self._config = config
         self._keeps_original = keeps_original
+        self._wants_hessians = wants_hessians
         at_once = max(1, TOKENS_AT_ONCE // token_ids.shape[1])
         batches = [embedding[ids].float() for ids in torch.split(token_ids.to(embedding.device), at_once)]
         # a block makes new streams and changes none: both may begin as the same tensor
@@ -82,7 +92,7 @@ class CalibratedWalk:
         def compress_all(step: int, inputs: Iterable[Pair]) -> None:
             names = [name for name in LINEARS_OF_STEP[step] if name in wanted]
             if names:
-                moments = _moments(inputs)
+                moments = self._moments(inputs)
                 for name in names:
                     current[f"{name}.weight"] = compress(name, current[f"{name}.weight"], moments)
 
@@ -105,20 +115,24 @@ class CalibratedWalk:
     def head_moments(self, norm: torch.Tensor) -> Moments:
         """Of the head's inputs, after the last block; norm: the final norm's weight."""
         block = PlainBlock(self._config, 0, {"norm.weight": norm})
-        return _moments(
+        return self._moments(
             (block.normed(x, "norm"), None if before is None else block.normed(before, "norm"))
             for x, before in self._streams
         )
 
-
-def _moments(pairs: Iterable[Pair]) -> Moments:
-    moments: Moments | None = None
-    for found, wanted in pairs:
-        if moments is None:
-            moments = Moments.zeros(found.shape[-1], found.device, has_shift=wanted is not None)
-        moments.add(found, wanted)
-    assert moments is not None
-    return moments
+    def _moments(self, pairs: Iterable[Pair]) -> Moments:
+        moments: Moments | None = None
+        for found, wanted in pairs:
+            if moments is None:
+                moments = Moments.zeros(
+                    found.shape[-1],
+                    found.device,
+                    has_shift=wanted is not None,
+                    has_hessian=self._wants_hessians,
+                )
+            moments.add(found, wanted)
+        assert moments is not None
+        return moments
 
 
 def _product(name: str, block: PlainBlock, x: torch.Tensor) -> torch.Tensor:

@@ -25,16 +25,16 @@ from powertrain.compress.calibrate import (
     calibration_set,
     ngram_files,
 )
-from powertrain.compress.floats import to_preset
+from powertrain.compress.floats import static_input_scale, to_preset
 from powertrain.compress.gptq import Moments, gptq
 from powertrain.compress.gptq_floats import gptq_floats
 from powertrain.compress.leak import Grid, describe_leaks, find_grid
 from powertrain.compress.manifest import MANIFEST_FILE, manifest_text, weights_sha256
-from powertrain.compress.model_step import Progress, StepContext, apply_steps
+from powertrain.compress.model_step import ModelStep, Progress, StepContext, apply_steps
 from powertrain.compress.plain_decoder import LINEARS_OF_STEP, Weights
 from powertrain.compress.plan import EMBEDDING, CompressionPlan, LayerPlan, make_plan, target_groups
 from powertrain.compress.quantize import rtn, weight_error
-from powertrain.compress.recipe import CHANNEL, Recipe, load_recipe
+from powertrain.compress.recipe import Recipe, Step, load_recipe, shared_scale
 from powertrain.compress.report import CompressionReport, LayerReport
 from powertrain.compress.sign_rounding import SignRoundingOptions, round_block
 from powertrain.model.families import model_config
@@ -115,12 +115,19 @@ def _calibration(
     seed: int,
 ) -> CalibrationSet | None:
     """The calibration set, where a step of the plan looks at one."""
-    methods = {str(step.to_dict()["method"]) for step in plan.recipe.all_steps if step.is_calibrated}
-    if not methods:
+    reasons = {_why_calibrated(step) for step in plan.recipe.all_steps if step.is_calibrated}
+    if not reasons:
         return None
     if data is None:
-        raise PowertrainError(f"{', '.join(sorted(methods))} needs calibration text: give --calibration FILE, or self")
+        raise PowertrainError(f"{', '.join(sorted(reasons))} needs calibration text: give --calibration FILE, or self")
     return calibration_set(data, checkpoint, num_samples=num_samples, length=length, seed=seed)
+
+
+def _why_calibrated(step: Step | ModelStep) -> str:
+    """What of a step looks at activations: its method, or its scheme where that is only rounded to nearest."""
+    if isinstance(step, Step) and step.method == "rtn":
+        return step.scheme_name
+    return str(step.to_dict()["method"])
 
 
 def _choose_device(device: str, recipe: Recipe) -> torch.device:
@@ -181,6 +188,7 @@ class _Writer:
             embedding.to(self._device),
             self._calibration.token_ids,
             keeps_original=any(step.wants_original for step in steps),
+            wants_hessians=any(step.method == "gptq" for step in steps),
         )
 
     def _load(self, name: str) -> torch.Tensor:
@@ -291,13 +299,15 @@ class _Writer:
             else:
                 ints, error = rtn(weight, layer.scheme, scale_dtype=scale_dtype, observer=step.observer, name=name)
             quantized = ints
-        return self._stored(layer, quantized, error), quantized
+        return self._stored(layer, quantized, error, _input_scale(layer, moments)), quantized
 
-    def _stored(self, layer: LayerPlan, quantized: Quantized, error: float) -> dict[str, torch.Tensor]:
+    def _stored(
+        self, layer: LayerPlan, quantized: Quantized, error: float, input_scale: float | None = None
+    ) -> dict[str, torch.Tensor]:
         """A matrix's tensors as they are stored; the layer is reported as done."""
         if isinstance(layer.scheme, FloatScheme):
             assert not isinstance(quantized, IntWeight)
-            tensors = layer.scheme.tensors(layer.name, quantized)
+            tensors = layer.scheme.tensors(layer.name, quantized, input_scale)
         else:
             assert isinstance(quantized, IntWeight)
             tensors = int_weight_tensors(layer.name, quantized, stored_format(layer.scheme))
@@ -308,9 +318,10 @@ class _Writer:
                 shape=layer.shape,
                 method=layer.step.method,
                 scheme=layer.step.scheme_name,
-                group_size=layer.scheme.group_size or CHANNEL,
+                group_size=shared_scale(layer.scheme),
                 error=error,
                 nbytes=sum(tensor.nbytes for tensor in tensors.values()),
+                input_scale=input_scale,
             )
         )
         self._report_progress()
@@ -332,6 +343,14 @@ class _Writer:
             notes=self._plan.notes,
             seconds=seconds,
         )
+
+
+def _input_scale(layer: LayerPlan, moments: Moments | None) -> float | None:
+    """The static scale of a layer's inputs, where its scheme has one; matrices that read the same input share it."""
+    if not isinstance(layer.scheme, FloatScheme) or not layer.scheme.has_input_scale:
+        return None
+    assert moments is not None
+    return static_input_scale(moments.size_max, layer.name)
 
 
 def _shared_absmax(name: str, weights: dict[str, torch.Tensor]) -> float:

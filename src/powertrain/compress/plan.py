@@ -14,7 +14,7 @@ from powertrain.checkpoint.float_presets import FloatScheme
 from powertrain.checkpoint.source import Checkpoint
 from powertrain.compress.model_step import outline_of, shapes_of
 from powertrain.compress.quantize import GROUP_SIZE_STEP, check_group_size, nearest_group_size
-from powertrain.compress.recipe import CHANNEL, HEAD, Recipe, Scheme, Step
+from powertrain.compress.recipe import CHANNEL, HEAD, Recipe, Scheme, Step, shared_scale
 from powertrain.types import ModelFileError, PowertrainError, QuantScheme
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -93,9 +93,12 @@ class CompressionPlan:
         rows: dict[tuple[str, str, str], int] = {}
         for layer in self.layers:
             kind = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
-            size = f"group {layer.scheme.group_size}" if layer.scheme.group_size else CHANNEL
+            size = f"group {layer.scheme.group_size}" if layer.scheme.group_size else shared_scale(layer.scheme)
+            inputs = isinstance(layer.scheme, FloatScheme) and layer.scheme.has_input_scale
             observer = "" if layer.step.observer == "minmax" else f" {layer.step.observer}"
-            what = f"{layer.step.method} {layer.step.scheme_name} {size}{observer}"
+            what = (
+                f"{layer.step.method} {layer.step.scheme_name} {size}{observer}{', one input scale' if inputs else ''}"
+            )
             row = (kind, f"{layer.shape[0]} x {layer.shape[1]}", what)
             rows[row] = rows.get(row, 0) + 1
         widths = [max((len(row[column]) for row in rows), default=0) for column in range(2)]

@@ -43,7 +43,7 @@ SCHEMES: dict[str, Scheme] = {
     "W8A16_ASYM": QuantScheme(num_bits=8, symmetric=False),
     "W4A8": QuantScheme(num_bits=4, group_size=64, activation_bits=8),
     "W8A8": QuantScheme(num_bits=8, activation_bits=8),
-    **{preset: FloatScheme(preset) for preset in FLOAT_PRESETS if preset != "FP8"},
+    **{preset: FloatScheme(preset) for preset in FLOAT_PRESETS},
 }
 """Scheme names of compressed-tensors with the group size used when a step gives none.
 
@@ -77,6 +77,13 @@ _METHOD_KEYS = {"rtn": (), "gptq": _GPTQ_KEYS, "autoround": sign_rounding.KEYS}
 _RECIPE_KEYS = ("name", "steps")
 
 
+def shared_scale(scheme: Scheme) -> int | str:
+    """Which weights share a scale, as recipes say it: so many of a row, `channel` or, of the whole matrix, `tensor`."""
+    if isinstance(scheme, FloatScheme) and scheme.strategy == "tensor":
+        return "tensor"
+    return scheme.group_size or CHANNEL
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One rule: the layers whose name matches get this method and scheme.
@@ -101,8 +108,8 @@ class Step:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the method looks at activations."""
-        return self.method != "rtn"
+        """Whether the method looks at activations, or the scheme has a scale for them in the file."""
+        return self.method != "rtn" or (isinstance(self.scheme, FloatScheme) and self.scheme.has_input_scale)
 
     @property
     def wants_original(self) -> bool:
@@ -129,7 +136,8 @@ class Step:
             "ignore": list(self.ignore),
             "method": self.method,
             "scheme": self.scheme_name,
-            "group_size": self.scheme.group_size or CHANNEL,
+            # floats have groups of their own, which a recipe cannot choose
+            **({} if isinstance(self.scheme, FloatScheme) else {"group_size": self.scheme.group_size or CHANNEL}),
             "group_size_fallback": self.group_size_fallback,
             "observer": self.observer,
             **({key: getattr(self, key) for key in _GPTQ_KEYS} if self.method == "gptq" else {}),

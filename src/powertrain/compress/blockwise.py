@@ -29,6 +29,9 @@ TOKENS_AT_ONCE = 4096
 Compress = Callable[[str, torch.Tensor, Moments], torch.Tensor]
 """(name within the block, weight, moments of its inputs) -> what the weight becomes, as floats."""
 
+LookAtCache = Callable[[torch.Tensor, torch.Tensor], None]
+"""Rotated keys and values of some tokens, [sequences, kv_heads, tokens, d] -> None."""
+
 Pair = tuple[torch.Tensor, torch.Tensor | None]
 """A batch of activations [sequences, tokens, width], and the same before compression where that is kept."""
 
@@ -79,11 +82,18 @@ class CalibratedWalk:
 
     @torch.inference_mode()
     def through(
-        self, index: int, weights: Weights, wanted: set[str], compress: Compress, changed: Weights | None = None
+        self,
+        index: int,
+        weights: Weights,
+        wanted: set[str],
+        compress: Compress,
+        changed: Weights | None = None,
+        look: LookAtCache | None = None,
     ) -> None:
         """Take the streams through block `index`; `compress` is asked for each of the `wanted` matrices in turn.
 
-        weights: the block's tensors as float32. changed: what others of them have become already.
+        weights: the block's tensors as float32. changed: what others of them have become already. `look` is shown the
+        keys and values that the compressed matrices give.
         """
         current = {**weights, **(changed or {})}
         block = PlainBlock(self._config, index, current)
@@ -104,6 +114,9 @@ class CalibratedWalk:
         for norm, first, inside, last in HALVES:
             normed = partial(PlainBlock.normed, name=norm)
             compress_all(first, each(self._streams, normed))
+            if look is not None and first == ATTENTION_INPUT:
+                for x, _ in self._streams:
+                    look(*block.keys_and_values(normed(block, x)))
             # kept for all tokens: they give the last matrix's moments, and then what it adds to the stream
             inner = list(each(each(self._streams, normed), inside))
             compress_all(last, inner)

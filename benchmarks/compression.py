@@ -77,6 +77,7 @@ RECIPES: dict[str, list[Step]] = {
     "W2 g64 asymmetric rtn mse": [step("W2A16_ASYM", 64, **MSE)],
     "W2 g64 asymmetric autoround": [step("W2A16_ASYM", 64, **LEARNED)],
     "FP8": [{"match": "Linear", "scheme": "FP8_DYNAMIC"}],
+    # a CPU's native kernels leave the inputs of 8-bit floats alone: `--device cuda` judges their scales too
     "FP8 static": [FP8_STATIC],
     "FP8 static gptq": [{**FP8_STATIC, **GPTQ}],
     **{

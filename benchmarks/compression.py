@@ -50,6 +50,7 @@ W4_MSE: Step = step("W4A16", "channel", **MSE)
 W4_GPTQ: Step = step("W4A16", "channel", **GPTQ)
 W3: Step = step("W3A16", 64)
 W8A8: Step = {"match": "Linear", "scheme": "W8A8"}
+FP8_STATIC: Step = {"match": "Linear", "scheme": "FP8"}
 RECIPES: dict[str, list[Step]] = {
     **{
         f"{name} {how}": [step(scheme, group_size, **options)]
@@ -76,6 +77,9 @@ RECIPES: dict[str, list[Step]] = {
     "W2 g64 asymmetric rtn mse": [step("W2A16_ASYM", 64, **MSE)],
     "W2 g64 asymmetric autoround": [step("W2A16_ASYM", 64, **LEARNED)],
     "FP8": [{"match": "Linear", "scheme": "FP8_DYNAMIC"}],
+    # a CPU's native kernels leave the inputs of 8-bit floats alone: `--device cuda` judges their scales too
+    "FP8 static": [FP8_STATIC],
+    "FP8 static gptq": [{**FP8_STATIC, **GPTQ}],
     **{
         f"{name} gptq": [{"match": "Linear", "scheme": scheme, **GPTQ}]
         for name, scheme in (("FP8", "FP8_DYNAMIC"), ("NVFP4", "NVFP4A16"), ("MXFP4", "MXFP4A16"))

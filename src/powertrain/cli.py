@@ -240,7 +240,9 @@ def compress(
     ] = None,
     calibration: Annotated[
         list[str] | None,
-        typer.Option(help="What all but rtn look at: text files, or self: the model's own.", metavar="FILE|self"),
+        typer.Option(
+            help="What FP8 and all methods but rtn look at: text files, or self: the model's own.", metavar="FILE|self"
+        ),
     ] = None,
     calibration_samples: Annotated[int, typer.Option(min=1, help="Windows of the text.")] = 128,
     calibration_length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,

@@ -48,7 +48,7 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     "gpu_memory_utilization": (float, "Share of GPU memory to use."),
     "kv_cache_dtype": (
         KVCacheDType,
-        "KV cache type; auto is float16 on the native kernels, else that of activations. fp8 needs a GPU.",
+        "KV cache type; auto: as the model's files ask, else float16 (native kernels) or as activations. fp8: GPU.",
     ),
     "threads": (int, "CPU threads; one per physical core if not given."),
     "seed": (int, "Seed of requests that bring none."),

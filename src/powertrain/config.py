@@ -21,7 +21,8 @@ NATIVE_BLOCK_SIZE = 16
 class CacheConfig:
     """The paged KV cache. `num_blocks` None sizes the pool from memory (`kv_cache_memory_bytes` if given).
 
-    `kv_cache_dtype` auto is float16 on the native kernels and the compute type elsewhere; only the native have no fp8.
+    `kv_cache_dtype` auto is what the checkpoint asks for, else float16 on the native kernels and the compute type
+    elsewhere; only the native have no fp8.
     int4 is a study of accuracy on the reference path: what it keeps are rounded floats.
     """
 

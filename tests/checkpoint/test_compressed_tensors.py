@@ -189,7 +189,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("quant_method", "gptq", "'gptq'"),
     ("quant_method", None, "None"),
     ("quantization_status", "frozen", "'frozen'"),
-    ("kv_cache_scheme", {"num_bits": 8}, "kv_cache_scheme"),
+    ("kv_cache_scheme", {"num_bits": 4}, "kv_cache_scheme"),
     ("sparsity_config", {"format": "sparse-24-bitmask"}, "sparsity_config"),
     ("config_groups", [], "config_groups"),
     ("config_groups/group_0", {"targets": "Linear", "weights": {}}, "config_groups"),

@@ -20,6 +20,7 @@ from torch import Tensor
 from powertrain.checkpoint.float4 import FLOAT4_FORMATS, Float4Scheme, float4_scheme_of
 from powertrain.checkpoint.float8 import BLOCK, FLOAT8, Float8Scheme, Strategy
 from powertrain.checkpoint.float_presets import FloatScheme, float_group
+from powertrain.checkpoint.kv_cache import KVCacheScheme, kv_cache_kind
 from powertrain.checkpoint.quantization_config import quantization_of, refuse
 from powertrain.checkpoint.source import Checkpoint, load_checked
 from powertrain.kernels.quantized import FLOAT8_BLOCK
@@ -27,7 +28,7 @@ from powertrain.model.weights import IntWeight
 from powertrain.types import ModelFileError, QuantScheme
 
 PACKED, PLAIN = "pack-quantized", "int-quantized"
-MIXED = "mixed-precision"
+MIXED, DENSE = "mixed-precision", "dense"
 LINEAR = "Linear"
 
 
@@ -170,7 +171,9 @@ def num_words(count: int, num_bits: int) -> int:
 
 
 def quantization_config(
-    groups: Sequence[tuple[QuantScheme | FloatScheme, list[str]]], ignore: Sequence[str]
+    groups: Sequence[tuple[QuantScheme | FloatScheme, list[str]]],
+    ignore: Sequence[str],
+    kv_cache: KVCacheScheme | None = None,
 ) -> dict[str, Any]:
     """The `quantization_config` of a `config.json`: one config group per (scheme, targets)."""
     made = [
@@ -180,11 +183,11 @@ def quantization_config(
     formats = {group["format"] for group in made}
     return {
         "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else MIXED,
+        "format": formats.pop() if len(formats) == 1 else MIXED if formats else DENSE,
         "quantization_status": "compressed",
         "config_groups": {f"group_{number}": group for number, group in enumerate(made)},
         "ignore": list(ignore),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if kv_cache is None else kv_cache.to_config(),
     }
 
 
@@ -259,7 +262,8 @@ def _checked_groups(quantization: Mapping[str, Any]) -> list[dict[str, Any]]:
         refuse(f"quant_method {method!r} cannot be run; compressed-tensors can")
     if quantization.get("quantization_status", "compressed") != "compressed":
         refuse(f"quantization_status {quantization['quantization_status']!r} is not 'compressed'")
-    for key in ("kv_cache_scheme", "transform_config", "sparsity_config"):
+    kv_cache_kind(quantization)  # refuses what cannot be run
+    for key in ("transform_config", "sparsity_config"):
         part = quantization.get(key)
         if part and not (key == "sparsity_config" and part.get("format") == "dense"):
             refuse(f"{key} cannot be run")

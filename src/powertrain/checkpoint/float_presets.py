@@ -77,8 +77,13 @@ class FloatScheme:
         """Inputs that share a scale; None for a whole row or more."""
         return {"NVFP4A16": NVFP4_GROUP, "MXFP4A16": MXFP4_GROUP, "FP8_BLOCK": FLOAT8_BLOCK}.get(self.preset)
 
+    @property
+    def has_input_scale(self) -> bool:
+        """Whether the file has one scale for the matrix's inputs, which a calibration must find."""
+        return self.preset == "FP8"
+
     def nbytes(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Bytes of a matrix [out, in]: of its weights, and of their scales."""
+        """Bytes of a matrix [out, in]: of its weights, and of their scales and its inputs'."""
         rows, columns = shape
         if self.preset == "NVFP4A16":
             return rows * columns // 2, rows * (columns // NVFP4_GROUP) + 4
@@ -89,11 +94,13 @@ class FloatScheme:
             "channel": rows,
             "block": math.ceil(rows / FLOAT8_BLOCK) * math.ceil(columns / FLOAT8_BLOCK),
         }
-        return rows * columns, 4 * num_scales[self.strategy or "tensor"]
+        return rows * columns, 4 * (num_scales[self.strategy or "tensor"] + self.has_input_scale)
 
-    def tensors(self, prefix: str, weight: Float8Weight | Float4Weight) -> dict[str, torch.Tensor]:
-        """The tensors of the layer `prefix` as they stand in the file."""
+    def tensors(
+        self, prefix: str, weight: Float8Weight | Float4Weight, input_scale: float | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of the layer `prefix` as they stand in the file; `input_scale` where `has_input_scale`."""
         if isinstance(weight, Float4Weight):
             return float4_weight_tensors(prefix, weight)
         assert self.strategy is not None
-        return float8_weight_tensors(prefix, weight, self.strategy)
+        return float8_weight_tensors(prefix, weight, self.strategy, input_scale)

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from powertrain.checkpoint.gguf import GGUFCheckpoint
+from powertrain.checkpoint.kv_cache import stored_cache_dtype
 from powertrain.checkpoint.packed_cache import Stream, packed_streams
 from powertrain.checkpoint.quantization_config import HEAD
 from powertrain.checkpoint.quantized import load_quantized, running_formats
@@ -60,9 +61,17 @@ Vectors = Callable[[str, int], torch.Tensor]
 def load_decoder(checkpoint: Checkpoint, config: EngineConfig, on_progress: Progress | None = None) -> Decoder:
     """The decoder a resolved `config` asks for: on the native kernels where they shall and can run, else `load_model`.
 
-    Native weights are packed once and mapped from a cache file afterwards. Raises `ModelFileError` for an unreadable
-    model and `PowertrainError` where `kernels` is "native" but they are not there.
+    Native weights are packed once and mapped from a cache file afterwards. Its caches are of the type that the
+    checkpoint asks for, if `config` leaves it open. Raises `ModelFileError` for an unreadable model and
+    `PowertrainError` where `kernels` is "native" but they are not there.
     """
+    decoder = _load_decoder(checkpoint, config, on_progress)
+    if config.cache.kv_cache_dtype != "auto":
+        return decoder
+    return decoder.with_kv_cache_dtype(stored_cache_dtype(checkpoint, has_float8=decoder.kernels != "native"))
+
+
+def _load_decoder(checkpoint: Checkpoint, config: EngineConfig, on_progress: Progress | None) -> Decoder:
     model = model_config(checkpoint.config)
     module = _native_module(config, model)
     if module is None:

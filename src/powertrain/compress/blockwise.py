@@ -29,6 +29,9 @@ TOKENS_AT_ONCE = 4096
 Compress = Callable[[str, torch.Tensor, Moments], torch.Tensor]
 """(name within the block, weight, moments of its inputs) -> what the weight becomes, as floats."""
 
+LookAtCache = Callable[[torch.Tensor, torch.Tensor], None]
+"""Rotated keys and values of some tokens, [sequences, kv_heads, tokens, d] -> None."""
+
 Pair = tuple[torch.Tensor, torch.Tensor | None]
 """A batch of activations [sequences, tokens, width], and the same before compression where that is kept."""
 
@@ -43,11 +46,21 @@ class CalibratedWalk:
     """The streams of all calibration tokens between two blocks, and the way through one."""
 
     def __init__(
-        self, config: ModelConfig, embedding: torch.Tensor, token_ids: torch.Tensor, *, keeps_original: bool
+        self,
+        config: ModelConfig,
+        embedding: torch.Tensor,
+        token_ids: torch.Tensor,
+        *,
+        keeps_original: bool,
+        wants_hessians: bool = True,
     ) -> None:
-        """embedding: [vocab, hidden]; token_ids: int64 [samples, tokens]. `keeps_original`: for asymmetric moments."""
+        """embedding: [vocab, hidden]; token_ids: int64 [samples, tokens]. `keeps_original`: for asymmetric moments.
+
+        `wants_hessians` False leaves the moments' Hessians empty, for methods that only ask how large inputs are.
+        """
         self._config = config
         self._keeps_original = keeps_original
+        self._wants_hessians = wants_hessians
         at_once = max(1, TOKENS_AT_ONCE // token_ids.shape[1])
         batches = [embedding[ids].float() for ids in torch.split(token_ids.to(embedding.device), at_once)]
         # a block makes new streams and changes none: both may begin as the same tensor
@@ -69,11 +82,18 @@ class CalibratedWalk:
 
     @torch.inference_mode()
     def through(
-        self, index: int, weights: Weights, wanted: set[str], compress: Compress, changed: Weights | None = None
+        self,
+        index: int,
+        weights: Weights,
+        wanted: set[str],
+        compress: Compress,
+        changed: Weights | None = None,
+        look: LookAtCache | None = None,
     ) -> None:
         """Take the streams through block `index`; `compress` is asked for each of the `wanted` matrices in turn.
 
-        weights: the block's tensors as float32. changed: what others of them have become already.
+        weights: the block's tensors as float32. changed: what others of them have become already. `look` is shown the
+        keys and values that the compressed matrices give.
         """
         current = {**weights, **(changed or {})}
         block = PlainBlock(self._config, index, current)
@@ -82,7 +102,7 @@ class CalibratedWalk:
         def compress_all(step: int, inputs: Iterable[Pair]) -> None:
             names = [name for name in LINEARS_OF_STEP[step] if name in wanted]
             if names:
-                moments = _moments(inputs)
+                moments = self._moments(inputs)
                 for name in names:
                     current[f"{name}.weight"] = compress(name, current[f"{name}.weight"], moments)
 
@@ -94,6 +114,9 @@ class CalibratedWalk:
         for norm, first, inside, last in HALVES:
             normed = partial(PlainBlock.normed, name=norm)
             compress_all(first, each(self._streams, normed))
+            if look is not None and first == ATTENTION_INPUT:
+                for x, _ in self._streams:
+                    look(*block.keys_and_values(normed(block, x)))
             # kept for all tokens: they give the last matrix's moments, and then what it adds to the stream
             inner = list(each(each(self._streams, normed), inside))
             compress_all(last, inner)
@@ -105,20 +128,24 @@ class CalibratedWalk:
     def head_moments(self, norm: torch.Tensor) -> Moments:
         """Of the head's inputs, after the last block; norm: the final norm's weight."""
         block = PlainBlock(self._config, 0, {"norm.weight": norm})
-        return _moments(
+        return self._moments(
             (block.normed(x, "norm"), None if before is None else block.normed(before, "norm"))
             for x, before in self._streams
         )
 
-
-def _moments(pairs: Iterable[Pair]) -> Moments:
-    moments: Moments | None = None
-    for found, wanted in pairs:
-        if moments is None:
-            moments = Moments.zeros(found.shape[-1], found.device, has_shift=wanted is not None)
-        moments.add(found, wanted)
-    assert moments is not None
-    return moments
+    def _moments(self, pairs: Iterable[Pair]) -> Moments:
+        moments: Moments | None = None
+        for found, wanted in pairs:
+            if moments is None:
+                moments = Moments.zeros(
+                    found.shape[-1],
+                    found.device,
+                    has_shift=wanted is not None,
+                    has_hessian=self._wants_hessians,
+                )
+            moments.add(found, wanted)
+        assert moments is not None
+        return moments
 
 
 def _product(name: str, block: PlainBlock, x: torch.Tensor) -> torch.Tensor:

@@ -25,16 +25,17 @@ from powertrain.compress.calibrate import (
     calibration_set,
     ngram_files,
 )
-from powertrain.compress.floats import to_preset
+from powertrain.compress.floats import static_input_scale, to_preset
 from powertrain.compress.gptq import Moments, gptq
 from powertrain.compress.gptq_floats import gptq_floats
+from powertrain.compress.kv_cache import CacheSizes
 from powertrain.compress.leak import Grid, describe_leaks, find_grid
 from powertrain.compress.manifest import MANIFEST_FILE, manifest_text, weights_sha256
 from powertrain.compress.model_step import Progress, StepContext, apply_steps
 from powertrain.compress.plain_decoder import LINEARS_OF_STEP, Weights
 from powertrain.compress.plan import EMBEDDING, CompressionPlan, LayerPlan, make_plan, target_groups
 from powertrain.compress.quantize import rtn, weight_error
-from powertrain.compress.recipe import CHANNEL, Recipe, load_recipe
+from powertrain.compress.recipe import AnyStep, Recipe, Step, load_recipe, shared_scale
 from powertrain.compress.report import CompressionReport, LayerReport
 from powertrain.compress.sign_rounding import SignRoundingOptions, round_block
 from powertrain.model.families import model_config
@@ -115,12 +116,19 @@ def _calibration(
     seed: int,
 ) -> CalibrationSet | None:
     """The calibration set, where a step of the plan looks at one."""
-    methods = {str(step.to_dict()["method"]) for step in plan.recipe.all_steps if step.is_calibrated}
-    if not methods:
+    reasons = {_why_calibrated(step) for step in plan.recipe.all_steps if step.is_calibrated}
+    if not reasons:
         return None
     if data is None:
-        raise PowertrainError(f"{', '.join(sorted(methods))} needs calibration text: give --calibration FILE, or self")
+        raise PowertrainError(f"{', '.join(sorted(reasons))} needs calibration text: give --calibration FILE, or self")
     return calibration_set(data, checkpoint, num_samples=num_samples, length=length, seed=seed)
+
+
+def _why_calibrated(step: AnyStep) -> str:
+    """What of a step looks at activations: its method, or its scheme where that is only rounded to nearest."""
+    if isinstance(step, Step) and step.method == "rtn":
+        return step.scheme_name
+    return str(step.to_dict()["method"])
 
 
 def _choose_device(device: str, recipe: Recipe) -> torch.device:
@@ -154,6 +162,7 @@ class _Writer:
         self._done = 0
         self._layers: list[LayerReport] = []
         self._grids: list[tuple[str, Grid | None]] = []
+        self._cache_ranges: list[tuple[float, ...]] = []
         self._nbytes = 0
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -172,14 +181,18 @@ class _Writer:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """A block's tensors. A function of its own, so that they are gone when the next block's come."""
         weights = {name: self._load(name) for name in names}
-        found = self._quantized_block(index, weights, walk)
+        sizes = None if self._plan.recipe.kv_cache is None else CacheSizes()
+        found = self._quantized_block(index, weights, walk, sizes)
         for name, weight in weights.items():
             yield from self._emit(name, weight, found)
+        if sizes is not None:
+            yield from self._count(self._cache_scales(index, sizes))
 
     def _walk(self) -> CalibratedWalk | None:
         """The calibration's way through the model, if a step wants it."""
         steps = [layer.step for layer in self._plan.layers]
-        if self._calibration is None or not any(step.is_calibrated for step in steps):
+        is_wanted = self._plan.recipe.kv_cache is not None or any(step.is_calibrated for step in steps)
+        if self._calibration is None or not is_wanted:
             return None
         embedding = self._checkpoint.load(f"{EMBEDDING}.weight")
         return CalibratedWalk(
@@ -187,6 +200,7 @@ class _Writer:
             embedding.to(self._device),
             self._calibration.token_ids,
             keeps_original=any(step.wants_original for step in steps),
+            wants_hessians=any(step.method == "gptq" for step in steps),
         )
 
     def _load(self, name: str) -> torch.Tensor:
@@ -196,9 +210,16 @@ class _Writer:
         return weight.to(self._device)
 
     def _quantized_block(
-        self, index: int, weights: dict[str, torch.Tensor], walk: CalibratedWalk | None
+        self,
+        index: int,
+        weights: dict[str, torch.Tensor],
+        walk: CalibratedWalk | None,
+        sizes: CacheSizes | None,
     ) -> dict[str, dict[str, torch.Tensor]]:
-        """The stored tensors of each matrix of a block that the plan quantizes, by its layer's name."""
+        """The stored tensors of each matrix of a block that the plan quantizes, by its layer's name.
+
+        `sizes` learns how large its keys and values become.
+        """
         prefix = f"model.layers.{index}."
         layers = {layer.name: layer for layer in self._plan.layers if f"{layer.name}.weight" in weights}
         if walk is None:
@@ -218,8 +239,17 @@ class _Writer:
             return quantized.dequantize()
 
         changed = {f"{name}.weight": ints.dequantize() for name, (ints, _) in jointly.items()}
-        walk.through(index, within, by_name.keys() - jointly.keys(), compress_one, changed)
+        look = None if sizes is None else sizes.add
+        walk.through(index, within, by_name.keys() - jointly.keys(), compress_one, changed, look)
         return found
+
+    def _cache_scales(self, index: int, sizes: CacheSizes) -> dict[str, torch.Tensor]:
+        """The stored scales of a block's keys and values, whose ranges are remembered."""
+        assert self._plan.recipe.kv_cache is not None
+        name = f"model.layers.{index}.self_attn"
+        self._cache_ranges.append(tuple(float(largest.amax()) for largest in sizes.largest(name)))
+        num_kv_heads = model_config(self._checkpoint.config).num_kv_heads
+        return sizes.tensors(name, self._plan.recipe.kv_cache.scheme, num_kv_heads)
 
     def _rounded_jointly(
         self, index: int, weights: Weights, layers: Mapping[str, LayerPlan], walk: CalibratedWalk
@@ -297,13 +327,15 @@ class _Writer:
             else:
                 ints, error = rtn(weight, layer.scheme, scale_dtype=scale_dtype, observer=step.observer, name=name)
             quantized = ints
-        return self._stored(layer, quantized, error), quantized
+        return self._stored(layer, quantized, error, _input_scale(layer, moments)), quantized
 
-    def _stored(self, layer: LayerPlan, quantized: Quantized, error: float) -> dict[str, torch.Tensor]:
+    def _stored(
+        self, layer: LayerPlan, quantized: Quantized, error: float, input_scale: float | None = None
+    ) -> dict[str, torch.Tensor]:
         """A matrix's tensors as they are stored; the layer is reported as done."""
         if isinstance(layer.scheme, FloatScheme):
             assert not isinstance(quantized, IntWeight)
-            tensors = layer.scheme.tensors(layer.name, quantized)
+            tensors = layer.scheme.tensors(layer.name, quantized, input_scale)
         else:
             assert isinstance(quantized, IntWeight)
             tensors = int_weight_tensors(layer.name, quantized, stored_format(layer.scheme))
@@ -314,9 +346,10 @@ class _Writer:
                 shape=layer.shape,
                 method=layer.step.method,
                 scheme=layer.step.scheme_name,
-                group_size=layer.scheme.group_size or CHANNEL,
+                group_size=shared_scale(layer.scheme),
                 error=error,
                 nbytes=sum(tensor.nbytes for tensor in tensors.values()),
+                input_scale=input_scale,
             )
         )
         self._report_progress()
@@ -335,9 +368,26 @@ class _Writer:
             nbytes=self._nbytes,
             source_nbytes=sum(source.nbytes(name) for name in source.names()),
             warnings=tuple(describe_leaks(self._grids)),
-            notes=self._plan.notes,
+            notes=(*self._plan.notes, *_range_notes(self._cache_ranges)),
             seconds=seconds,
         )
+
+
+def _range_notes(ranges: Sequence[tuple[float, ...]]) -> list[str]:
+    """How large keys and values become, and in which layer, of (largest key, largest value) by layer."""
+    if not ranges:
+        return []
+    (key, of_key), (value, of_value) = (max((sizes[part], at) for at, sizes in enumerate(ranges)) for part in (0, 1))
+    found = f"keys reach {key:.4g} (layer {of_key}), values {value:.4g} (layer {of_value})"
+    return [f"kv_cache: on the calibration text {found}"]
+
+
+def _input_scale(layer: LayerPlan, moments: Moments | None) -> float | None:
+    """The static scale of a layer's inputs, where its scheme has one; matrices that read the same input share it."""
+    if not isinstance(layer.scheme, FloatScheme) or not layer.scheme.has_input_scale:
+        return None
+    assert moments is not None
+    return static_input_scale(moments.size_max, layer.name)
 
 
 def _shared_absmax(name: str, weights: dict[str, torch.Tensor]) -> float:
@@ -353,9 +403,11 @@ def _config(plan: CompressionPlan) -> dict[str, Any]:
     config["torch_dtype"] = str(plan.dtype).removeprefix("torch.")
     if plan.unties_head:
         config["tie_word_embeddings"] = False
-    if plan.layers:
-        groups, ignore = target_groups(plan)
-        config["quantization_config"] = quantization_config(groups, ignore)
+    kv_cache = plan.recipe.kv_cache
+    if plan.layers or kv_cache is not None:
+        groups, ignore = target_groups(plan) if plan.layers else ([], [])
+        scheme = None if kv_cache is None else kv_cache.scheme
+        config["quantization_config"] = quantization_config(groups, ignore, scheme)
     return config
 
 

@@ -39,15 +39,18 @@ Candidates = Callable[[torch.Tensor], Iterator[torch.Tensor]]
 
 
 def to_float8(
-    weight: torch.Tensor, strategy: Strategy = "channel", *, name: str = "weight"
+    weight: torch.Tensor, strategy: Strategy = "channel", *, absmax: float | None = None, name: str = "weight"
 ) -> tuple[Float8Weight, float]:
     """Round a float matrix [out, in] to float8_e4m3fn with scales of absmax / 448, float32.
 
     `strategy`: which weights share a scale: "channel" an output, "block" 128 by 128 (short at the ends), "tensor" all
-    of them, whose scale is then repeated for each output. Zeros have scale 1.
+    of them, whose scale is then repeated for each output. Zeros have scale 1. `absmax`, for "tensor" alone, takes the
+    place of the matrix's own largest size, which it must not be below: other engines multiply by some matrices as one
+    (q, k and v; gate and up), and round anew those whose scale is not the largest.
 
     Returns the matrix and the normalised squared weight error, ||w - w'||^2 / ||w||^2.
-    Raises `PowertrainError` naming `name` if the weight is no float matrix or holds NaN or infinity.
+    Raises `PowertrainError` naming `name` if the weight is no float matrix, holds NaN or infinity, or is beyond
+    `absmax`.
     Source: Micikevicius et al. 2022, arXiv 2209.05433; blocks as in DeepSeek-V3, arXiv 2412.19437.
     """
     wide = _checked(weight, name)
@@ -56,8 +59,9 @@ def to_float8(
         values, scale = quantize_to_float8(wide)
         rounded = Float8Weight(values, scale[:, 0])
     elif strategy == "tensor":
-        values, scale = quantize_to_float8(wide.reshape(1, -1))
-        rounded = Float8Weight(values.view(rows, columns), scale[0].expand(rows).contiguous())
+        scale = torch.full((1,), _largest(wide, absmax, name) or LARGEST_FLOAT8, device=wide.device) / LARGEST_FLOAT8
+        values = (wide / scale).clamp_(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(torch.float8_e4m3fn)
+        rounded = Float8Weight(values, scale.expand(rows).contiguous())
     elif strategy == "block":
         size = FLOAT8_BLOCK
         padded = torch.nn.functional.pad(wide, (0, -columns % size, 0, -rows % size))
@@ -73,7 +77,7 @@ def to_float8(
 def to_preset(
     weight: torch.Tensor, scheme: FloatScheme, *, search: bool, absmax: float | None = None, name: str = "weight"
 ) -> tuple[Float8Weight | Float4Weight, float]:
-    """Round a float matrix [out, in] as a preset says; `search` is for 4 bits, `absmax` for NVFP4, as below.
+    """Round a float matrix [out, in] as a preset says; `search` is for 4 bits, `absmax` for FP8 and NVFP4.
 
     Returns and raises what the function of the format does.
     """
@@ -82,7 +86,7 @@ def to_preset(
     if scheme.preset == "MXFP4A16":
         return to_mxfp4(weight, search, name=name)
     assert scheme.strategy is not None
-    return to_float8(weight, scheme.strategy, name=name)
+    return to_float8(weight, scheme.strategy, absmax=absmax if scheme.strategy == "tensor" else None, name=name)
 
 
 def to_nvfp4(
@@ -102,10 +106,7 @@ def to_nvfp4(
     of 16 do not divide, or is beyond `absmax`.
     """
     wide = _checked(weight, name, NVFP4_GROUP)
-    own = float(wide.abs().amax()) if wide.numel() else 0.0
-    largest = own if absmax is None else absmax
-    if not own <= largest < float("inf"):
-        raise PowertrainError(f"{name}: absmax {absmax} is below its largest weight, {own}")
+    largest = _largest(wide, absmax, name)
     divisor = torch.full((1,), largest or LARGEST_FLOAT8 * LARGEST_FLOAT4, device=wide.device)
     divisor = LARGEST_FLOAT8 * LARGEST_FLOAT4 / divisor
     divisor.clamp_(max=torch.finfo(torch.float32).max)
@@ -141,6 +142,28 @@ def to_mxfp4(weight: torch.Tensor, search: bool, *, name: str = "weight") -> tup
             yield exponent - (exponent > 0).to(torch.uint8)
 
     return _to_float4(wide, MXFP4_GROUP, candidates, None)
+
+
+def static_input_scale(sizes: torch.Tensor, name: str) -> float:
+    """The one scale of a layer's inputs, of `sizes` [in], the largest of each on calibration text; 1 for zeros.
+
+    It takes the largest to 448; what is larger yet at run time is cut. The steps of floats shrink with their numbers,
+    so a wide range costs small inputs nothing until they are 2^14 times smaller than the largest, and no narrower one
+    is sought. Raises `PowertrainError` naming `name` for NaN or infinity.
+    """
+    largest = sizes.float().amax()
+    if not bool(torch.isfinite(largest)):
+        raise PowertrainError(f"{name}: its inputs hold NaN or infinity on the calibration text")
+    return float(largest / LARGEST_FLOAT8) or 1.0
+
+
+def _largest(wide: torch.Tensor, absmax: float | None, name: str) -> float:
+    """`absmax`, or the matrix's own largest size, which must not be above it."""
+    own = float(wide.abs().amax()) if wide.numel() else 0.0
+    largest = own if absmax is None else absmax
+    if not own <= largest < float("inf"):
+        raise PowertrainError(f"{name}: absmax {absmax} is below its largest weight, {own}")
+    return largest
 
 
 def _checked(weight: torch.Tensor, name: str, group_size: int = 1) -> torch.Tensor:

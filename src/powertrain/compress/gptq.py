@@ -52,7 +52,8 @@ class GptqOptions:
 class Moments:
     """What is kept of a layer's inputs x over calibration tokens; sums in float64.
 
-    hessian: [in, in], of x x^T; shift: [in, in], of (x' - x) x^T where x' is the input before compression, or None.
+    hessian: [in, in], of x x^T, or [0, 0] where only sizes are wanted, which cost next to nothing;
+    shift: [in, in], of (x' - x) x^T where x' is the input before compression, or None.
     size_sum: float64 [in], of |x|; size_max: float32 [in], the largest |x|.
     """
 
@@ -64,15 +65,18 @@ class Moments:
     _factors: dict[tuple[float, bool], Factors] = field(default_factory=dict)
 
     @classmethod
-    def zeros(cls, width: int, device: torch.device, *, has_shift: bool = False) -> Moments:
-        hessian = torch.zeros(width, width, dtype=torch.float64, device=device)
-        shift = torch.zeros_like(hessian) if has_shift else None
-        return cls(hessian, shift, torch.zeros_like(hessian[0]), torch.zeros(width, device=device))
+    def zeros(cls, width: int, device: torch.device, *, has_shift: bool = False, has_hessian: bool = True) -> Moments:
+        rows = width if has_hessian else 0
+        hessian = torch.zeros(rows, rows, dtype=torch.float64, device=device)
+        shift = torch.zeros_like(hessian) if has_shift and has_hessian else None
+        sums = torch.zeros(width, dtype=torch.float64, device=device)
+        return cls(hessian, shift, sums, torch.zeros(width, device=device))
 
     def add(self, x: torch.Tensor, original: torch.Tensor | None = None) -> None:
         """Count inputs [.., in]; `original`: what they were before compression."""
         x = x.reshape(-1, x.shape[-1]).float()
-        self.hessian += _gram(x)  # float32 within a batch, float64 over all
+        if self.hessian.numel():
+            self.hessian += _gram(x)  # float32 within a batch, float64 over all
         sizes = x.abs()
         self.size_sum += sizes.sum(0)
         torch.maximum(self.size_max, sizes.amax(0), out=self.size_max)

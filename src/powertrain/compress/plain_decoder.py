@@ -64,12 +64,9 @@ class PlainBlock:
     def attended(self, a: torch.Tensor) -> torch.Tensor:
         """What the output projection multiplies, of the normed input a: [sequences, tokens, heads * d]."""
         config, (rows, tokens, _) = self.config, a.shape
-        query, key, value = (self.linear(name, a) for name in LINEARS_OF_STEP[ATTENTION_INPUT])
-        query = self._heads(query, config.num_heads, "self_attn.q_norm")
-        key = self._heads(key, config.num_kv_heads, "self_attn.k_norm")
-        cos, sin = self.turns or rotations(config, tokens, a.device)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        value = self._heads(value, config.num_kv_heads, None)
+        query = self._heads(self.linear("self_attn.q_proj", a), config.num_heads, "self_attn.q_norm")
+        query = rotate(query, *(self.turns or rotations(config, tokens, a.device)))
+        key, value = self.keys_and_values(a)
         repeats = config.num_heads // config.num_kv_heads
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
         mask = None
@@ -79,6 +76,13 @@ class PlainBlock:
             mask = (distance >= 0) & (distance < self.window)
         out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
         return out.transpose(1, 2).reshape(rows, tokens, -1)
+
+    def keys_and_values(self, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a cache would keep of the normed input a: rotated keys, and values, [sequences, kv_heads, tokens, d]."""
+        key, value = self.linear("self_attn.k_proj", a), self.linear("self_attn.v_proj", a)
+        key = self._heads(key, self.config.num_kv_heads, "self_attn.k_norm")
+        key = rotate(key, *(self.turns or rotations(self.config, a.shape[1], a.device)))
+        return key, self._heads(value, self.config.num_kv_heads, None)
 
     def gated(self, b: torch.Tensor) -> torch.Tensor:
         """What the down projection multiplies, of the normed input b: [sequences, tokens, inner]."""

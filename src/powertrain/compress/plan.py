@@ -14,7 +14,8 @@ from powertrain.checkpoint.float_presets import FloatScheme
 from powertrain.checkpoint.source import Checkpoint
 from powertrain.compress.model_step import outline_of, shapes_of
 from powertrain.compress.quantize import GROUP_SIZE_STEP, check_group_size, nearest_group_size
-from powertrain.compress.recipe import CHANNEL, HEAD, Recipe, Scheme, Step
+from powertrain.compress.recipe import CHANNEL, HEAD, Recipe, Scheme, Step, shared_scale
+from powertrain.model.families import model_config
 from powertrain.types import ModelFileError, PowertrainError, QuantScheme
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -82,7 +83,8 @@ class CompressionPlan:
     def nbytes(self) -> int:
         """Bytes of all tensors that will be written."""
         dense = sum(math.prod(shape) for shape in self.dense.values()) * self.dtype.itemsize
-        return dense + sum(layer.nbytes + layer.parameter_bytes(self.dtype.itemsize) for layer in self.layers)
+        cache = 0 if self.recipe.kv_cache is None else self.recipe.kv_cache.nbytes(model_config(self.config))
+        return dense + cache + sum(layer.nbytes + layer.parameter_bytes(self.dtype.itemsize) for layer in self.layers)
 
     @property
     def bits_per_weight(self) -> float:
@@ -93,9 +95,12 @@ class CompressionPlan:
         rows: dict[tuple[str, str, str], int] = {}
         for layer in self.layers:
             kind = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
-            size = f"group {layer.scheme.group_size}" if layer.scheme.group_size else CHANNEL
+            size = f"group {layer.scheme.group_size}" if layer.scheme.group_size else shared_scale(layer.scheme)
+            inputs = isinstance(layer.scheme, FloatScheme) and layer.scheme.has_input_scale
             observer = "" if layer.step.observer == "minmax" else f" {layer.step.observer}"
-            what = f"{layer.step.method} {layer.step.scheme_name} {size}{observer}"
+            what = (
+                f"{layer.step.method} {layer.step.scheme_name} {size}{observer}{', one input scale' if inputs else ''}"
+            )
             row = (kind, f"{layer.shape[0]} x {layer.shape[1]}", what)
             rows[row] = rows.get(row, 0) + 1
         widths = [max((len(row[column]) for row in rows), default=0) for column in range(2)]
@@ -129,6 +134,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, dtype: str = "auto") -> Co
     if unties_head:
         num_weights = math.prod(shapes[sources[HEAD]])
         notes.append(f"{HEAD} is tied: it gets its own copy of {num_weights:,} quantized weights, the embedding stays")
+    if recipe.kv_cache is not None:
+        notes.append(recipe.kv_cache.note(model_config(checkpoint.config)))
     untied = {f"{HEAD}.weight"} - source_names
     replaced = {layer.source for layer in layers if layer.source == f"{layer.name}.weight"}
     return CompressionPlan(

@@ -6,13 +6,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from powertrain.checkpoint.float_presets import FLOAT_PRESETS, FloatScheme
 from powertrain.compress import sign_rounding
 from powertrain.compress.awq import AwqStep
 from powertrain.compress.dither import DitherStep
 from powertrain.compress.gptq import MAX_DAMPING, GptqOptions
+from powertrain.compress.kv_cache import KV_CACHE, KVCacheStep
 from powertrain.compress.model_step import ModelStep
 from powertrain.compress.prune_depth import PruneDepthStep
 from powertrain.compress.prune_width import PruneWidthStep
@@ -44,7 +45,7 @@ SCHEMES: dict[str, Scheme] = {
     "W8A16_ASYM": QuantScheme(num_bits=8, symmetric=False),
     "W4A8": QuantScheme(num_bits=4, group_size=64, activation_bits=8),
     "W8A8": QuantScheme(num_bits=8, activation_bits=8),
-    **{preset: FloatScheme(preset) for preset in FLOAT_PRESETS if preset != "FP8"},
+    **{preset: FloatScheme(preset) for preset in FLOAT_PRESETS},
 }
 """Scheme names of compressed-tensors with the group size used when a step gives none.
 
@@ -81,6 +82,13 @@ _METHOD_KEYS = {"rtn": (), "gptq": _GPTQ_KEYS, "autoround": sign_rounding.KEYS}
 _RECIPE_KEYS = ("name", "steps")
 
 
+def shared_scale(scheme: Scheme) -> int | str:
+    """Which weights share a scale, as recipes say it: so many of a row, `channel` or, of the whole matrix, `tensor`."""
+    if isinstance(scheme, FloatScheme) and scheme.strategy == "tensor":
+        return "tensor"
+    return scheme.group_size or CHANNEL
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One rule: the layers whose name matches get this method and scheme.
@@ -105,8 +113,8 @@ class Step:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the method looks at activations."""
-        return self.method != "rtn"
+        """Whether the method looks at activations, or the scheme has a scale for them in the file."""
+        return self.method != "rtn" or (isinstance(self.scheme, FloatScheme) and self.scheme.has_input_scale)
 
     @property
     def wants_original(self) -> bool:
@@ -133,7 +141,8 @@ class Step:
             "ignore": list(self.ignore),
             "method": self.method,
             "scheme": self.scheme_name,
-            "group_size": self.scheme.group_size or CHANNEL,
+            # floats have groups of their own, which a recipe cannot choose
+            **({} if isinstance(self.scheme, FloatScheme) else {"group_size": self.scheme.group_size or CHANNEL}),
             "group_size_fallback": self.group_size_fallback,
             "observer": self.observer,
             **({key: getattr(self, key) for key in _GPTQ_KEYS} if self.method == "gptq" else {}),
@@ -141,20 +150,24 @@ class Step:
         }
 
 
+AnyStep: TypeAlias = Step | ModelStep | KVCacheStep
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """Ordered steps: `model_steps` change the whole model one after the other, then `steps` round its matrices.
 
-    A layer that two steps would round is an error, one that none matches stays as it is.
+    A layer that two steps would round is an error, one that none matches stays as it is. `kv_cache` comes last.
     """
 
     name: str
     steps: tuple[Step, ...] = ()
     model_steps: tuple[ModelStep, ...] = ()
+    kv_cache: KVCacheStep | None = None
 
     @property
-    def all_steps(self) -> list[Step | ModelStep]:
-        return [*self.model_steps, *self.steps]
+    def all_steps(self) -> list[AnyStep]:
+        return [*self.model_steps, *self.steps, *([] if self.kv_cache is None else [self.kv_cache])]
 
     @property
     def is_calibrated(self) -> bool:
@@ -226,8 +239,16 @@ def _parse_recipe(value: Mapping[str, Any], name: str, where: str = "recipe") ->
         raise PowertrainError(f"{where}: steps must be a list of at least one step")
     model_steps: list[ModelStep] = []
     layer_steps: list[Step] = []
+    kv_cache: KVCacheStep | None = None
     for number, step in enumerate(steps):
         parsed = _parse_step(step, _where(number, where))
+        if kv_cache is not None:
+            raise PowertrainError(
+                f"{_where(number - 1, where)}: {KV_CACHE} measures what all others leave: put it last"
+            )
+        if isinstance(parsed, KVCacheStep):
+            kv_cache = parsed
+            continue
         if isinstance(parsed, Step):
             layer_steps.append(parsed)
             continue
@@ -235,17 +256,19 @@ def _parse_recipe(value: Mapping[str, Any], name: str, where: str = "recipe") ->
             method = parsed.to_dict()["method"]
             raise PowertrainError(f"{_where(number, where)}: {method} changes the model: put it before what rounds it")
         model_steps.append(parsed)
-    return Recipe(name=str(value.get("name", name)), steps=tuple(layer_steps), model_steps=tuple(model_steps))
+    name = str(value.get("name", name))
+    return Recipe(name=name, steps=tuple(layer_steps), model_steps=tuple(model_steps), kv_cache=kv_cache)
 
 
-def _parse_step(value: Any, where: str) -> Step | ModelStep:
+def _parse_step(value: Any, where: str) -> AnyStep:
     if isinstance(value, Step):
         return value
     if not isinstance(value, Mapping):
         raise PowertrainError(f"{where}: a step is a mapping like {{match: Linear, scheme: W4A16}}, got {value!r}")
-    method = one_of(value.get("method", "rtn"), (*METHODS, *MODEL_STEPS), f"{where}.method")
-    if method in MODEL_STEPS:
-        return MODEL_STEPS[method]({key: entry for key, entry in value.items() if key != "method"}, where)
+    method = one_of(value.get("method", "rtn"), (*METHODS, *MODEL_STEPS, KV_CACHE), f"{where}.method")
+    if method in MODEL_STEPS or method == KV_CACHE:
+        parse = KVCacheStep.parse if method == KV_CACHE else MODEL_STEPS[method]
+        return parse({key: entry for key, entry in value.items() if key != "method"}, where)
     refuse_unknown_keys(value, (*_STEP_KEYS, *_METHOD_KEYS[method]), where)
     scheme_name = one_of(value.get("scheme"), tuple(SCHEMES), f"{where}.scheme")
     fallback = one_of(value.get("group_size_fallback", "refuse"), ("refuse", "nearest"), f"{where}.group_size_fallback")

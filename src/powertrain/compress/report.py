@@ -15,7 +15,11 @@ from powertrain.compress.recipe import Recipe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerReport:
-    """What one matrix became. `error` is ||w - w'||^2 / ||w||^2; `nbytes` counts integers, scales and zero points."""
+    """What one matrix became. `error` is ||w - w'||^2 / ||w||^2; `nbytes` counts integers, scales and zero points.
+
+    `group_size`: weights of a row that share a scale, `channel` or `tensor`. `input_scale`: of its inputs, where the
+    file has one for good.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -24,6 +28,7 @@ class LayerReport:
     group_size: int | str
     error: float
     nbytes: int
+    input_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -98,7 +98,7 @@ def count_parameters(checkpoint: Checkpoint) -> int:
     for name in checkpoint.names():
         if name.endswith(".weight_shape"):
             total += math.prod(checkpoint.load(name).tolist())
-        elif not name.endswith((".weight_packed", ".weight_scale", ".weight_zero_point")):
+        elif not name.endswith((".weight_packed", "_scale", ".weight_zero_point")):
             total += math.prod(checkpoint.shape(name))
     return total
 

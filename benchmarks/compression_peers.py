@@ -145,7 +145,11 @@ def _measure(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         np.save(folder / "ids.npy", calibration.token_ids.numpy())
-        job = {"source": str(source), "out": str(folder / "out"), "calibration": str(folder / "ids.npy")}
+        job: dict[str, Any] = {
+            "source": str(source),
+            "out": str(folder / "out"),
+            "calibration": str(folder / "ids.npy"),
+        }
         job |= {"scheme": SCHEMES[row.scheme], "method": row.options, "seed": seed, "threads": given.threads}
         try:
             found |= ask(python, WORKERS[row.tool], job, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Row:
     tool: str
     scheme: str
     method: str
-    options: Options = field(default_factory=dict)
+    options: Options
 
     @property
     def name(self) -> str:
@@ -72,7 +72,7 @@ class Row:
     @property
     def is_calibrated(self) -> bool:
         """Whether another seed gives another result."""
-        return self.options != RTN and self.options != {**RTN, **MSE}
+        return self.options["round"] != "rtn" or "transform" in self.options
 
 
 def all_rows(iterations: int) -> list[Row]:

@@ -8,6 +8,7 @@ record lacks. docs/results/compression.md says how peers are installed and what 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -26,6 +27,7 @@ from peers.quantizers import (
     WORKERS,
     Row,
     all_rows,
+    comparisons,
     measured_rows,
     missing,
     put,
@@ -45,14 +47,8 @@ from powertrain.text_data import encode_texts, read_texts
 from powertrain.types import PowertrainError
 
 SHOWN = (
-    "kl_mean",
-    "kl_p99",
-    "top1_agreement",
-    "ppl_reference",
-    "ppl_candidate",
-    "ppl_ratio",
-    "bits_per_weight",
-    "bytes",
+    *("kl_mean", "kl_p99", "top1_agreement", "ppl_reference", "ppl_candidate", "ppl_ratio"),
+    *("bits_per_weight", "bytes", "intervals", "kl_windows"),
 )
 
 
@@ -82,11 +78,12 @@ def main() -> None:
             put(results, found)
             _show(found)
             # after each row: an interruption keeps what was measured
-            content = {**_settings(given), "source": "float32", "results": results}
+            content = {**_settings(given), "comparisons": comparisons(results), "results": results}
             record.write_record(given.json, record.new_record("compression_peers", git=given.git, **content))
     except PowertrainError as error:
         sys.exit(f"error: {error}")
-    _summarize(results)
+    for pair in comparisons(results):
+        _print_comparison(pair)
     print(f"wrote {given.json}")
 
 
@@ -141,7 +138,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Let the tool quantize, judge the folder it saved; `error` where either fails."""
     found: dict[str, Any] = {"name": row.name, "tool": row.tool, "scheme": row.scheme, "method": row.method}
-    found |= {"seed": seed, "calibration_sha256": calibration.sha256}
+    found |= {"seed": seed, "calibration_sha256": calibration.sha256, "load_average": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         np.save(folder / "ids.npy", calibration.token_ids.numpy())
@@ -159,7 +156,7 @@ def _measure(
             judged = reference.compare(read_model(folder / "out", device="cpu")).to_dict()
         except PowertrainError as error:
             return {**found, "error": f"not readable here: {error}"}
-    return {**found, **{key: judged[key] for key in SHOWN}, "intervals": judged["intervals"]}
+    return {**found, **{key: judged[key] for key in SHOWN}}
 
 
 def _show(row: dict[str, Any]) -> None:
@@ -176,21 +173,10 @@ def _show(row: dict[str, Any]) -> None:
     )
 
 
-def _summarize(results: list[dict[str, Any]]) -> None:
-    """Of each scheme and tool the method with the least KL over its seeds, and ours over each peer's."""
-    for scheme in SCHEMES:
-        best: dict[str, tuple[float, str]] = {}
-        for tool in WORKERS:
-            by_method: dict[str, list[float]] = {}
-            for row in results:
-                if (row["tool"], row["scheme"]) == (tool, scheme) and "error" not in row:
-                    by_method.setdefault(row["method"], []).append(row["kl_mean"])
-            if by_method:
-                best[tool] = min((sum(values) / len(values), method) for method, values in by_method.items())
-        for tool in (LLM_COMPRESSOR, AUTOROUND):
-            if OURS in best and tool in best:
-                (own, our_method), (other, their_method) = best[OURS], best[tool]
-                print(f"{scheme}: ours ({our_method}) has {own / other:.3f} x the KL of {tool} ({their_method})")
+def _print_comparison(pair: dict[str, Any]) -> None:
+    interval = " [{:+.4f}, {:+.4f}]".format(*pair["interval"]) if pair["interval"] else ""
+    difference = f"{pair['kl_mean_difference']:+.4f}{interval}"
+    print(f"{pair['ours']}: {pair['ratio']:.3f} x the KL of {pair['peer']}, difference {difference}")
 
 
 if __name__ == "__main__":

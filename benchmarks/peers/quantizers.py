@@ -9,6 +9,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from powertrain.measure.statistics import summarize_items
 from powertrain.types import PowertrainError
 
 OURS, LLM_COMPRESSOR, AUTOROUND = "powertrain", "llm-compressor", "autoround"
@@ -133,3 +136,34 @@ def measured_rows(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any
             )
     rows: list[dict[str, Any]] = earlier["results"]
     return rows
+
+
+def comparisons(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each scheme our method with the least KL beside each peer's, over the seeds that were measured.
+
+    `kl_mean_difference` is ours less theirs, with its paired 95 % bootstrap interval over windows.
+    """
+    found = []
+    for scheme in SCHEMES:
+        best = {
+            tool: _best([row for row in rows if (row["tool"], row["scheme"]) == (tool, scheme)]) for tool in WORKERS
+        }
+        for peer in (LLM_COMPRESSOR, AUTOROUND):
+            if not best[OURS] or not best[peer]:
+                continue
+            (own, own_name), (other, other_name) = best[OURS], best[peer]
+            difference = summarize_items({"kl": own - other})
+            interval = list(difference.intervals.get("kl", ()))
+            pair = {"scheme": scheme, "ours": own_name, "peer": other_name, "ratio": float(own.mean() / other.mean())}
+            found.append({**pair, "kl_mean_difference": difference.values["kl"], "interval": interval})
+    return found
+
+
+def _best(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, str] | None:
+    """KL of each window, the mean over seeds, and the name of the rows where it is least."""
+    by_name: dict[str, list[list[float]]] = {}
+    for row in rows:
+        if "error" not in row:
+            by_name.setdefault(row["name"], []).append(row["kl_windows"])
+    means = [(np.mean(windows, axis=0), name) for name, windows in by_name.items()]
+    return min(means, key=lambda one: float(one[0].mean())) if means else None

@@ -77,6 +77,26 @@ def test_a_record_of_other_settings_is_not_gone_on_with(modules: dict[str, Modul
         modules["quantizers"].wanted(modules["quantizers"].all_rows(7), "gptq", ["powertrain"])
 
 
+def test_the_best_of_each_are_compared_in_pairs_over_seeds(modules: dict[str, ModuleType]) -> None:
+    def row(name: str, tool: str, kl_windows: list[float], **more: Any) -> dict[str, Any]:
+        return {"name": name, "tool": tool, "scheme": "W4 g64", "kl_windows": kl_windows, **more}
+
+    rows = [
+        row("ours", "powertrain", [0.1, 0.4]),
+        row("ours", "powertrain", [0.3, 0.4]),
+        row("our lucky seed", "powertrain", [0.1, 0.1]),
+        row("our lucky seed", "powertrain", [0.9, 0.9]),
+        row("theirs", "llm-compressor", [0.4, 0.6]),
+        row("their worse one", "llm-compressor", [0.4, 0.7]),
+        {"name": "failed", "tool": "autoround", "scheme": "W4 g64", "error": "no"},
+    ]
+    [found] = modules["quantizers"].comparisons(rows)
+    assert (found["ours"], found["peer"]) == ("ours", "theirs")
+    assert found["ratio"] == pytest.approx(0.3 / 0.5)
+    # both windows say -0.2, so every draw of them does: the spread between windows is no error of a pair
+    assert [found["kl_mean_difference"], *found["interval"]] == pytest.approx([-0.2] * 3)
+
+
 def test_every_row_of_ours_is_a_recipe_of_its_scheme(modules: dict[str, ModuleType]) -> None:
     quantizers = modules["quantizers"]
     rows = [row for row in quantizers.all_rows(7) if row.tool == quantizers.OURS]

@@ -55,13 +55,9 @@ SHOWN = (
 def main() -> None:
     given = _arguments()
     torch.set_num_threads(given.threads)
-    pythons = {
-        OURS: Path(sys.executable),
-        LLM_COMPRESSOR: given.llmcompressor_python,
-        AUTOROUND: given.autoround_python,
-    }
     try:
-        rows = wanted(all_rows(given.iterations), given.only, [tool for tool, python in pythons.items() if python])
+        pythons = _pythons(given)
+        rows = wanted(all_rows(given.iterations), given.only, list(pythons))
         results = measured_rows(given.json, _settings(given))
         model = resolve_model(given.model)
         source = float32_folder(model, given.prepared / f"{model.name}-{weights_sha256(model)[:12]}")
@@ -104,6 +100,16 @@ def _arguments() -> argparse.Namespace:
     arguments.add_argument("--seeds", default="0", help="of the calibration windows")
     arguments.add_argument("--only", default="*", help="names of rows, commas between; `*` stands for anything")
     return arguments.parse_args()
+
+
+def _pythons(given: argparse.Namespace) -> dict[str, Path]:
+    """The python of each tool that is there. Raises `PowertrainError` for one that is named and is not."""
+    named = {OURS: Path(sys.executable), LLM_COMPRESSOR: given.llmcompressor_python, AUTOROUND: given.autoround_python}
+    found = {tool: python for tool, python in named.items() if python}
+    for tool, python in found.items():
+        if not python.is_file():
+            raise PowertrainError(f"{python}, named as the python of {tool}, is no file")
+    return found
 
 
 def _settings(given: argparse.Namespace) -> dict[str, Any]:

@@ -149,9 +149,10 @@ def comparisons(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             tool: _best([row for row in rows if (row["tool"], row["scheme"]) == (tool, scheme)]) for tool in WORKERS
         }
         for peer in (LLM_COMPRESSOR, AUTOROUND):
-            if not best[OURS] or not best[peer]:
+            ours, theirs = best[OURS], best[peer]
+            if ours is None or theirs is None:
                 continue
-            (own, own_name), (other, other_name) = best[OURS], best[peer]
+            (own, own_name), (other, other_name) = ours, theirs
             difference = summarize_items({"kl": own - other})
             interval = list(difference.intervals.get("kl", ()))
             pair = {"scheme": scheme, "ours": own_name, "peer": other_name, "ratio": float(own.mean() / other.mean())}

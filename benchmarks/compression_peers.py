@@ -60,7 +60,7 @@ def main() -> None:
         rows = wanted(all_rows(given.iterations), given.only, list(pythons))
         results = measured_rows(given.json, _settings(given))
         model = resolve_model(given.model)
-        source = float32_folder(model, given.prepared / f"{model.name}-{weights_sha256(model)[:12]}")
+        source = float32_folder(model, given.prepared.absolute() / f"{model.name}-{weights_sha256(model)[:12]}")
         seeds = [int(part) for part in given.seeds.split(",")]
         sets = {seed: _calibration(given, source, seed) for seed in seeds}
         reference = Reference(
@@ -105,7 +105,7 @@ def _arguments() -> argparse.Namespace:
 def _pythons(given: argparse.Namespace) -> dict[str, Path]:
     """The python of each tool that is there. Raises `PowertrainError` for one that is named and is not."""
     named = {OURS: Path(sys.executable), LLM_COMPRESSOR: given.llmcompressor_python, AUTOROUND: given.autoround_python}
-    found = {tool: python for tool, python in named.items() if python}
+    found = {tool: python.absolute() for tool, python in named.items() if python}
     for tool, python in found.items():
         if not python.is_file():
             raise PowertrainError(f"{python}, named as the python of {tool}, is no file")
@@ -180,8 +180,8 @@ def _show(row: dict[str, Any]) -> None:
 
 
 def _print_comparison(pair: dict[str, Any]) -> None:
-    interval = " [{:+.4f}, {:+.4f}]".format(*pair["interval"]) if pair["interval"] else ""
-    difference = f"{pair['kl_mean_difference']:+.4f}{interval}"
+    interval = " [{:+.5f}, {:+.5f}]".format(*pair["interval"]) if pair["interval"] else ""
+    difference = f"{pair['kl_mean_difference']:+.5f}{interval}"
     print(f"{pair['ours']}: {pair['ratio']:.3f} x the KL of {pair['peer']}, difference {difference}")
 
 

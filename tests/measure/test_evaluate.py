@@ -128,7 +128,8 @@ def test_the_record_is_json_and_names_what_was_compared(
     assert record["kind"] == "evaluation"
     assert set(record) >= STATISTICS | {"bits_per_weight", "bytes", "num_tokens", "data_sha256", "intervals"}
     assert len(record["intervals"]["kl_mean"]) == 2
-    assert record["num_windows"] == 3
+    assert record["num_windows"] == len(record["kl_windows"]) == 3
+    assert sum(record["kl_windows"]) / 3 == pytest.approx(record["kl_mean"])
     assert record["settings"]["reference_dtype"] == "float32"
     assert record["settings"]["data"] == str(text_file)
 

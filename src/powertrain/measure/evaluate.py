@@ -49,6 +49,7 @@ class Evaluation:
     """Fidelity of a candidate. KL in nats per token, `rms_dp` a probability, `ppl_ratio` candidate over reference.
 
     `intervals` maps each statistic's name to its paired 95 % bootstrap interval over windows (none with one window).
+    `kl_windows` is the mean of each window: two candidates judged on the same ones can be compared in pairs.
     `num_tokens` counts scored tokens; `data_sha256` is of their ids. `bytes` and `bits_per_weight` are the candidate's
     stored tensors, the latter over the weights of the reference.
     """
@@ -64,6 +65,7 @@ class Evaluation:
     ppl_candidate: float
     ppl_ratio: float
     intervals: Mapping[str, tuple[float, float]]
+    kl_windows: tuple[float, ...]
     bits_per_weight: float
     bytes: int
     num_tokens: int
@@ -75,6 +77,7 @@ class Evaluation:
         """JSON-ready: schema 1, kind `evaluation`; every interval as `[low, high]` under its statistic's name."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         values["intervals"] = {name: list(bounds) for name, bounds in self.intervals.items()}
+        values["kl_windows"] = list(self.kl_windows)
         return {"schema": 1, "kind": "evaluation", **values, "settings": dict(self.settings)}
 
 
@@ -191,6 +194,7 @@ class Reference:
         return Evaluation(
             **summary.values,
             intervals=summary.intervals,
+            kl_windows=tuple(float(part.kl.mean()) for part in scores),
             bits_per_weight=8 * candidate.nbytes / reference.num_parameters,
             bytes=candidate.nbytes,
             num_tokens=sum(len(part) for part in scores),

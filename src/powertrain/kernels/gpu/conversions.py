@@ -102,11 +102,23 @@ def unpack_nibbles(packed, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):
     """The nibbles of words of 8 or 16 bits less 8, as floats: one tensor for each nibble, the lowest first."""
     # the types of several results have to be written out
     if packed.dtype == tl.int16 and IS_COMPILED and dtype == tl.bfloat16:
-        types: tl.constexpr = (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16)
-        return tl.inline_asm_elementwise(_WORDS_TO_BFLOAT16, _FOUR, [packed], dtype=types, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            _WORDS_TO_BFLOAT16,
+            _FOUR,
+            [packed],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
     elif packed.dtype == tl.int16 and IS_COMPILED and dtype == tl.float16:
-        types: tl.constexpr = (tl.float16, tl.float16, tl.float16, tl.float16)
-        return tl.inline_asm_elementwise(_WORDS_TO_FLOAT16, _FOUR, [packed], dtype=types, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            _WORDS_TO_FLOAT16,
+            _FOUR,
+            [packed],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
     elif packed.dtype == tl.int16:
         return (
             _nibble(packed, 0, dtype),
@@ -115,11 +127,13 @@ def unpack_nibbles(packed, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):
             _nibble(packed, 12, dtype),
         )
     elif IS_COMPILED and dtype == tl.bfloat16:
-        types: tl.constexpr = (tl.bfloat16, tl.bfloat16)
-        return tl.inline_asm_elementwise(_BYTES_TO_BFLOAT16, _FOUR, [packed], dtype=types, is_pure=True, pack=4)
+        return tl.inline_asm_elementwise(
+            _BYTES_TO_BFLOAT16, _FOUR, [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
     elif IS_COMPILED and dtype == tl.float16:
-        types: tl.constexpr = (tl.float16, tl.float16)
-        return tl.inline_asm_elementwise(_BYTES_TO_FLOAT16, _FOUR, [packed], dtype=types, is_pure=True, pack=4)
+        return tl.inline_asm_elementwise(
+            _BYTES_TO_FLOAT16, _FOUR, [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
     else:
         return _nibble(packed, 0, dtype), _nibble(packed, 4, dtype)
 

@@ -136,7 +136,7 @@ def candidates(problem: Problem) -> Iterator[Config]:
     elif problem.rows <= 128:
         layouts, stages = [(64, True, 4), (64, True, 8), (128, True, 8), (128, True, 4), (256, True, 8)], (3, 4, 5)
     else:
-        layouts, stages = [(64, True, 8), (64, True, 4), (128, True, 8), (128, False, 8)], (3, 4, 5)
+        layouts, stages = [(64, True, 8), (64, True, 4), (128, True, 8), (128, False, 8)], (2, 3, 4)
     for (outputs, swaps, warps), count, splits in itertools.product(layouts, stages, (1, 2, 4, 8)):
         programs = -(-problem.out_features // outputs) * splits
         if splits == 1 or (not problem.is_gated and PROGRAMS[0] <= programs <= PROGRAMS[1]):

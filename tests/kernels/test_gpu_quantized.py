@@ -78,6 +78,24 @@ def test_4_bit_products_of_few_rows(rows, out, inputs, groups, has_zero, config,
 
 
 @each_dtype
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[3]])
+def test_4_bit_products_of_many_rows_scale_the_weights(config, dtype, monkeypatch):
+    monkeypatch.setattr(int4_matmul, "config_for", lambda *arguments: config)
+    blocks, dense = int4_blocks(70, 256, 2, False)
+    blocks = blocks._replace(scale=blocks.scale.to(dtype))
+    x = normal(int4_matmul.MAX_PART_ROWS + 1, 256, dtype=dtype, seed=1)
+    expected = x.double() @ dense.double().t()
+    assert difference(int4_matmul.int4_linear(x, blocks, False), expected) < TOLERANCE[dtype]
+
+
+def test_4_bit_products_of_many_rows_without_scales_of_their_type_take_floats(monkeypatch):
+    monkeypatch.setattr(int4_matmul, "int4_product", None)
+    blocks, dense = int4_blocks(24, 256, 2, True)
+    x = normal(int4_matmul.MAX_PART_ROWS + 1, 256)
+    assert difference(int4_matmul.int4_linear(x, blocks, False), x @ dense.t()) < 2e-6
+
+
+@each_dtype
 @pytest.mark.parametrize("swaps", [False, True])
 def test_4_bit_products_gate_as_the_reference_does(swaps, dtype, monkeypatch):
     config = quantized.QuantizedConfig(32, 1, swaps, 4, 2)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from powertrain.kernels.fused import silu_mul
-from powertrain.kernels.gpu.conversions import int4_floats, unpack_nibbles
+from powertrain.kernels.gpu.conversions import int4_floats, unpack_nibbles, unpack_scaled
 from powertrain.kernels.gpu.launch import LINE_BYTES, lines_ahead, prefetch, wait_turn
 from powertrain.kernels.gpu.quantized import (
     MAX_GATED_ROWS,
@@ -31,32 +31,44 @@ from powertrain.kernels.gpu.quantized import (
 from powertrain.kernels.gpu.splits import sum_splits
 from powertrain.kernels.quantized import Int4Blocks
 
+MAX_PART_ROWS = 128
+"""With more rows a group's sums beside all sums do not fit in a program's registers: then the weights take the scale,
+and are rounded to the activations' type as in a matrix of floats."""
+
 
 @triton.jit
-def _part(
+def _add_block(
+    acc,
     values,
     scale,
     zero,
     inputs,
     HAS_ZERO: tl.constexpr,
+    SCALES_WEIGHTS: tl.constexpr,
     ROWS: tl.constexpr,
     SWAPS: tl.constexpr,
     PRECISION: tl.constexpr,
     IS_COMPILED: tl.constexpr,
 ):
-    """What one block of inputs adds: `values` points to words [outputs, words]; scale, zero: one an output.
+    """acc and what one block of inputs adds: `values` points to words [outputs, words]; scale, zero: one an output.
 
     `inputs`: for each nibble of a word those that it multiplies, [rows, words].
     """
     packed = tl.load(values, eviction_policy="evict_first")
-    weights = unpack_nibbles(packed, inputs[0].dtype, IS_COMPILED)
-    part = zero_sums(ROWS, packed.shape[0], SWAPS)
-    for nibble in tl.static_range(len(inputs)):
-        weight = weights[nibble]
-        if HAS_ZERO:
-            weight -= zero.to(weight.dtype)[:, None]
-        part = add_product(weight, inputs[nibble], part, SWAPS, PRECISION)
-    return part * by_output(scale.to(tl.float32), SWAPS)
+    if SCALES_WEIGHTS:
+        weights = unpack_scaled(packed, scale, IS_COMPILED)
+        for nibble in tl.static_range(len(inputs)):
+            acc = add_product(weights[nibble], inputs[nibble], acc, SWAPS, PRECISION)
+        return acc
+    else:
+        weights = unpack_nibbles(packed, inputs[0].dtype, IS_COMPILED)
+        part = zero_sums(ROWS, packed.shape[0], SWAPS)
+        for nibble in tl.static_range(len(inputs)):
+            weight = weights[nibble]
+            if HAS_ZERO:
+                weight -= zero.to(weight.dtype)[:, None]
+            part = add_product(weight, inputs[nibble], part, SWAPS, PRECISION)
+        return acc + part * by_output(scale.to(tl.float32), SWAPS)
 
 
 @triton.jit
@@ -94,6 +106,7 @@ def _kernel(
     GROUP_BLOCKS: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     IS_WHOLE: tl.constexpr,
+    SCALES_WEIGHTS: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     SWAPS: tl.constexpr,
@@ -138,12 +151,16 @@ def _kernel(
         next_scales, next_zeros = _of_group(scale, zero, at, HAS_ZERO)
         packed = own + word[None, :] + block * stride
         inputs = _load_inputs(x_at + block * (NIBBLES * WORDS), WORDS, NIBBLES)
-        acc += _part(packed, scales, zeros, inputs, HAS_ZERO, ROWS, SWAPS, PRECISION, IS_COMPILED)
+        acc = _add_block(
+            acc, packed, scales, zeros, inputs, HAS_ZERO, SCALES_WEIGHTS, ROWS, SWAPS, PRECISION, IS_COMPILED
+        )
         scales, zeros = next_scales, next_zeros
         if GATED:
             next_scales, next_zeros = _of_group(scale, zero, at + out_features, HAS_ZERO)
             packed += out_features * WORDS
-            up += _part(packed, up_scales, up_zeros, inputs, HAS_ZERO, ROWS, SWAPS, PRECISION, IS_COMPILED)
+            up = _add_block(
+                up, packed, up_scales, up_zeros, inputs, HAS_ZERO, SCALES_WEIGHTS, ROWS, SWAPS, PRECISION, IS_COMPILED
+            )
             up_scales, up_zeros = next_scales, next_zeros
     if GATED:
         acc = gate_sums(acc, up, x.dtype.element_ty)
@@ -155,7 +172,7 @@ def int4_linear(x: torch.Tensor, weight: Int4Blocks, is_gated: bool, keeps_piece
     num_rows = x.shape[0]
     if is_gated and num_rows > MAX_GATED_ROWS:
         return silu_mul(int4_linear(x, weight, False))
-    if num_rows > MAX_ROWS:
+    if num_rows > (MAX_ROWS if _can_scale_weights(x, weight) else MAX_PART_ROWS):
         return torch.nn.functional.linear(x, int4_floats(weight, x.dtype))
     num_blocks, all_outputs, _ = weight.values.shape
     out_features = all_outputs // 2 if is_gated else all_outputs
@@ -163,12 +180,17 @@ def int4_linear(x: torch.Tensor, weight: Int4Blocks, is_gated: bool, keeps_piece
     return int4_product(x, weight, config, is_gated, keeps_pieces)
 
 
+def _can_scale_weights(x: torch.Tensor, weight: Int4Blocks) -> bool:
+    return weight.scale.dtype == x.dtype and weight.zero is None and weight.nibbles == 4
+
+
 def int4_product(
     x: torch.Tensor, weight: Int4Blocks, config: QuantizedConfig, is_gated: bool = False, keeps_pieces: bool = False
 ) -> torch.Tensor:
     """x [rows <= 256, in] times the transposed matrix; `is_gated` as in `gated_linear`, in one split.
 
-    `keeps_pieces`: the result of several splits is float32 [splits, rows, out], which are still to be summed.
+    Above `MAX_PART_ROWS` rows the scales are of x's type, and there are no zeros. `keeps_pieces`: the result of several
+    splits is float32 [splits, rows, out], which are still to be summed.
     """
     num_rows = x.shape[0]
     num_blocks, all_outputs, words = weight.values.shape
@@ -192,6 +214,7 @@ def int4_product(
         GROUP_BLOCKS=num_blocks // weight.scale.shape[0],
         HAS_ZERO=weight.zero is not None,
         IS_WHOLE=out_features % config.outputs == 0,
+        SCALES_WEIGHTS=num_rows > MAX_PART_ROWS,
         OUTPUTS=config.outputs,
         GATED=is_gated,
         BLOCKS_AHEAD=lines * LINE_BYTES.value // (words * weight.values.element_size()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from powertrain.compress.plain_model import load_plain_model
 from powertrain.compress.prune_depth import depth_pruned
 from powertrain.distill.batches import Batch, WindowBatches
 from powertrain.distill.losses import Divergence
+from powertrain.distill.parallel import Processes
 from powertrain.distill.student import dense_student
 from powertrain.distill.teachers import LiveTeacher
 from powertrain.distill.trainer import Compute, TrainConfig, Trainer, hidden_pairs
@@ -101,10 +103,12 @@ def test_time_ends_a_command_with_a_state_and_the_next_goes_on(tiny_model_dir: T
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000012"]
 
 
-def test_a_run_bounded_by_seconds_ends_by_them(tiny_model_dir: TinyModel) -> None:
-    history = trainer(tiny_model_dir("llama"), TrainConfig(seconds=0.3, evaluate_every=1000)).run()
+def test_a_run_bounded_by_seconds_ends_by_them(tiny_model_dir: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = count()
+    monkeypatch.setattr(Processes, "clock", lambda self: float(next(ticks)))
+    history = trainer(tiny_model_dir("llama"), TrainConfig(seconds=5.0, evaluate_every=1000)).run()
     assert history.ended == "seconds"
-    assert history.step > 0
+    assert history.step == 4  # the fifth tick after the first is the end
     assert history.curve[-1]["step"] == history.step
 
 

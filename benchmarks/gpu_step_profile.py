@@ -8,7 +8,9 @@ without the profiler. The floor of a kind is the time of its bytes at the measur
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
+import statistics
 import sys
 import time
 from collections import defaultdict
@@ -30,6 +32,7 @@ SHAPES = Path(__file__).resolve().parent / "shapes"
 PRODUCTS = ("skinny", "matrix_kernel", "int4_kernel", "rounded_kernel", "nvjet", "gemm", "cutlass")
 ATTENTION = ("decode_kernel", "merge_kernel")
 TIMED, PROFILED = 30, 8
+BATCHED_TOKENS = 8192
 Span = tuple[str, float, float]
 """A kernel's name, its start and its end in microseconds."""
 
@@ -50,8 +53,9 @@ def main() -> None:
     ceilings = roofline.measure_ceilings("cuda")  # before the engine: its KV pool leaves no room
     config = EngineConfig.from_options(
         device="cuda",
-        max_model_len=given.prompt + 2 * (TIMED + PROFILED),
+        max_model_len=given.prompt + num_outputs(max(batches), given.prompt),
         max_num_seqs=max(batches),
+        max_num_batched_tokens=BATCHED_TOKENS,
         enable_prefix_caching=False,
         kv_cache_dtype=given.kv_cache_dtype,
     )
@@ -81,6 +85,7 @@ def profiled_batch(engine: Engine, batch: int, prompt: int, ceilings: roofline.C
         torch.cuda.synchronize()
     events = profiled.events() or []
     spans = [(event.name, event.time_range.start, event.time_range.end) for event in events if is_on_device(event)]
+    assert len(engine.scheduler.running) == batch, "sequences ended while they were measured"
     while engine.has_work():
         engine.step()
     kernels = {
@@ -95,12 +100,18 @@ def profiled_batch(engine: Engine, batch: int, prompt: int, ceilings: roofline.C
     }
     added = {kind: sum(of["added_ms"] for name, of in kernels.items() if kind_of(name) == kind) for kind in floors}
     kinds = {kind: {"floor_ms": floor, "added_ms": added[kind]} for kind, floor in floors.items()}
-    return {"batch": batch, "step_ms": step_ms, "kinds": kinds, "kernels": kernels}
+    layer = mean_layer(spans)
+    return {"batch": batch, "step_ms": step_ms, "kinds": kinds, "kernels": kernels, "layer": layer}
+
+
+def num_outputs(batch: int, prompt: int) -> int:
+    """Enough that the first sequence still decodes when the last has begun and all is measured."""
+    return 2 * (TIMED + PROFILED + batch * prompt // BATCHED_TOKENS)
 
 
 def start_sequences(engine: Engine, batch: int, prompt: int) -> None:
     """Requests of random prompts, stepped until all decode."""
-    sampling = SamplingParams(temperature=0.0, max_tokens=2 * (TIMED + PROFILED), ignore_eos=True)
+    sampling = SamplingParams(temperature=0.0, max_tokens=num_outputs(batch, prompt), ignore_eos=True)
     for number, ids in enumerate(random_prompts(batch, prompt, engine.info.vocab_size, random.Random(0))):
         engine.add(Request(request_id=str(number), prompt_token_ids=tuple(ids), sampling=sampling))
     engine.step()
@@ -126,6 +137,22 @@ def by_kernel(spans: Iterable[Span]) -> dict[str, tuple[int, float, float]]:
     return {name: (counts[name], added[name], own[name]) for name in sorted(added, key=lambda name: -added[name])}
 
 
+def mean_layer(spans: Iterable[Span]) -> list[dict[str, Any]]:
+    """What each kernel of a layer adds, in their order from one attention to the next, in microseconds."""
+    ordered = sorted(spans, key=lambda span: span[2])
+    begins = [at for at, span in enumerate(ordered) if span[0] == ATTENTION[0]]
+    runs = [range(first, last) for first, last in itertools.pairwise(begins)]
+    usual = statistics.median_low(len(run) for run in runs)
+    runs = [run for run in runs if len(run) == usual]  # the others hold the end of a step
+    layer = []
+    for place in range(usual):
+        own = [ordered[run[place]] for run in runs]
+        added = [ordered[run[place]][2] - ordered[run[place] - 1][2] for run in runs]
+        mean_own = statistics.fmean(end - start for _, start, end in own)
+        layer.append({"kernel": own[0][0], "added_us": statistics.fmean(added), "own_us": mean_own})
+    return layer
+
+
 def kind_of(name: str) -> str:
     if any(part in name for part in PRODUCTS):
         return "products"
@@ -138,6 +165,7 @@ def table(result: dict[str, Any], most: int = 12) -> str:
         lines.append(f"  {kind:<46} added {of['added_ms']:8.3f} ms, floor {of['floor_ms']:7.3f}")
     for name, of in list(result["kernels"].items())[:most]:
         lines.append(f"    {name[:44]:<44} added {of['added_ms']:8.3f} ms, {of['count']:6.1f} times a step")
+    lines.append("  a layer, us: " + ", ".join(f"{of['kernel'][:24]} {of['added_us']:.1f}" for of in result["layer"]))
     return "\n".join(lines)
 
 

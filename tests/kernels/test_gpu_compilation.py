@@ -46,7 +46,7 @@ for kind, swaps, gated in product(FLOATS, (False, True), (False, True)):
     layout = {"SWAPS": swaps, "GATED": gated}
     for word, nibbles, has_zero, scales in (("i16", 4, False, False), ("i16", 4, True, False), ("i16", 4, False, True),
                                             ("u8", 2, False, False), ("u8", 2, True, False)):
-        check(int4_matmul._kernel, {**x, "values": word, "zero": "i8"}, **shared, **layout, WORDS=16, NIBBLES=nibbles,
+        check(int4_matmul._int4_kernel, {**x, "values": word, "zero": "i8"}, **shared, **layout, WORDS=16, NIBBLES=nibbles,
               GROUP_BLOCKS=1, HAS_ZERO=has_zero, IS_WHOLE=swaps, SCALES_WEIGHTS=scales, ROWS=16, BLOCKS_AHEAD=4)
         check(conversions._int4_floats_kernel, {"values": word, "scale": kind, "zero": "i8", "out": kind}, WORDS=16,
               NIBBLES=nibbles, GROUP_BLOCKS=1, HAS_ZERO=has_zero, OUTPUTS=64, IS_COMPILED=True)

@@ -31,6 +31,9 @@ from powertrain.kernels.gpu.quantized import (
 from powertrain.kernels.gpu.splits import sum_splits
 from powertrain.kernels.quantized import Int4Blocks
 
+BLOCKS_AT_ONCE = tl.constexpr(32)
+"""Whose scales one prefetch asks for."""
+
 MAX_PART_ROWS = 128
 """With more rows a group's sums beside all sums do not fit in a program's registers: then the weights take the scale,
 and are rounded to the activations' type as in a matrix of floats."""
@@ -90,8 +93,22 @@ def _of_group(scale, zero, at, HAS_ZERO: tl.constexpr):
         return own, own
 
 
+@triton.jit
+def _prefetch_scales(scale, first, end, stride, GROUP_BLOCKS: tl.constexpr, OUTPUTS: tl.constexpr):
+    """Those of a program's blocks, which `scale` points to the first output's of: [groups, outputs], `stride` apart.
+
+    A turn looks ahead for those of the next alone: that hides the cache's latency, but not the memory's.
+    """
+    line: tl.constexpr = LINE_BYTES // (scale.dtype.element_ty.primitive_bitwidth // 8)
+    count: tl.constexpr = (OUTPUTS + line - 1) // line
+    lines = tl.arange(0, count)[None, :] * line
+    for block in range(first, end, BLOCKS_AT_ONCE):
+        groups = tl.minimum(block + tl.arange(0, BLOCKS_AT_ONCE), end - 1) // GROUP_BLOCKS
+        prefetch(scale + groups.to(tl.int64)[:, None] * stride + lines)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
-def _kernel(
+def _int4_kernel(
     x,
     values,
     scale,
@@ -130,7 +147,15 @@ def _kernel(
     if BLOCKS_AHEAD > 0:
         # the weights are older than any kernel under way: the first can come while it still runs
         line: tl.constexpr = LINE_BYTES // (values.dtype.element_ty.primitive_bitwidth // 8)
-        at = values + tl.minimum(tl.program_id(0) * OUTPUTS, out_features - OUTPUTS) * WORDS
+        begin = tl.minimum(tl.program_id(0) * OUTPUTS, out_features - OUTPUTS)
+        _prefetch_scales(scale + begin, first, end, all_outputs, GROUP_BLOCKS, OUTPUTS)
+        if GATED:
+            _prefetch_scales(scale + begin + out_features, first, end, all_outputs, GROUP_BLOCKS, OUTPUTS)
+        if HAS_ZERO:
+            _prefetch_scales(zero + begin, first, end, all_outputs, GROUP_BLOCKS, OUTPUTS)
+            if GATED:
+                _prefetch_scales(zero + begin + out_features, first, end, all_outputs, GROUP_BLOCKS, OUTPUTS)
+        at = values + begin * WORDS
         blocks = tl.minimum(first + tl.arange(0, BLOCKS_AHEAD), end - 1)[:, None] * stride
         lines = tl.arange(0, OUTPUTS * WORDS // line)[None, :] * line
         prefetch(at + blocks + lines)
@@ -199,7 +224,7 @@ def int4_product(
     grid = (triton.cdiv(out_features, config.outputs), config.splits)
     # a program's words of a block lie in a row; where it has fewer outputs than that it asks for none
     lines = lines_ahead(config.outputs * (2 if is_gated else 1), x.device) if out_features >= config.outputs else 0
-    _kernel[grid](
+    _int4_kernel[grid](
         x,
         weight.values,
         weight.scale,

@@ -143,6 +143,11 @@ def _matrix_kernel(
         prefetch_rows(own, first, in_features, LINES)
         if GATED:
             prefetch_rows(own + half, first, in_features, LINES)
+    of_output, up_of_output = column, column
+    if HAS_SCALE and not HAS_BLOCKS:
+        # asked for before all else: at the end their way from the memory would be waited for
+        of_output = tl.load(scale + column)
+        up_of_output = tl.load(scale + out_features + column) if GATED else of_output
     wait_turn(PDL)
     x_at = x + tl.minimum(rows, num_rows - 1)[:, None] * x_stride + inputs[None, :]
     acc = zero_sums(ROWS, OUTPUTS, SWAPS)
@@ -158,9 +163,9 @@ def _matrix_kernel(
             of_block = scale + (column + out_features) // INPUTS * num_turns + start // INPUTS
             up = _matrix_part(at + half, of_block, a, up, inside, HAS_BLOCKS, ROWS, SWAPS, PRECISION, IS_COMPILED)
     if HAS_SCALE and not HAS_BLOCKS:
-        acc *= by_output(tl.load(scale + column), SWAPS)
+        acc *= by_output(of_output, SWAPS)
         if GATED:
-            up *= by_output(tl.load(scale + out_features + column), SWAPS)
+            up *= by_output(up_of_output, SWAPS)
     if GATED:
         acc = gate_sums(acc, up, x.dtype.element_ty)
     store_sums(out, acc, rows, columns, num_rows, out_features, SWAPS)

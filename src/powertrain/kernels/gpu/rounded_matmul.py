@@ -124,7 +124,10 @@ def _rounded_kernel(
         prefetch_rows(own, first, in_features, LINES)
         if TILES == 2:
             prefetch_rows(next_own, first, in_features, LINES)
+    # asked for before all else: at the end their way from the memory would be waited for
+    of_output, of_next_output = tl.load(scale + column), tl.load(scale + next_column)
     wait_turn(PDL)
+    row_scale = tl.load(x_scale + row)
     x_at = x + row[:, None] * x_stride + inputs[None, :]
     acc = _zeros(x.dtype.element_ty, ROWS, OUTPUTS, SWAPS)
     next_acc = _zeros(x.dtype.element_ty, ROWS, OUTPUTS, SWAPS)
@@ -134,10 +137,9 @@ def _rounded_kernel(
         acc = _add_product(own[:, None] + at, a, acc, at < end, SWAPS)
         if TILES == 2:
             next_acc = _add_product(next_own[:, None] + at, a, next_acc, at < end, SWAPS)
-    row_scale = tl.load(x_scale + row)
-    result = _scaled(acc, row_scale, tl.load(scale + column), SWAPS)
+    result = _scaled(acc, row_scale, of_output, SWAPS)
     if TILES == 2:
-        next_result = _scaled(next_acc, row_scale, tl.load(scale + next_column), SWAPS)
+        next_result = _scaled(next_acc, row_scale, of_next_output, SWAPS)
         if GATED:
             result = _gate(result, next_result, out.dtype.element_ty)
         else:

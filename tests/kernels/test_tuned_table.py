@@ -46,7 +46,7 @@ def test_every_shipped_entry_has_the_settings_of_its_kernel(file: Path, tmp_path
 def test_an_entry_serves_up_to_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = {"outputs": 128, "splits": 2, "swaps": True, "num_warps": 8, "num_stages": 3}
     table = {"tile bfloat16": {(320, 64, 128, False): entry}, "int4 bfloat16": {(96, 64, 32, False): entry}}
-    monkeypatch.setattr(tuned_table, "_of_device", lambda device: table)
+    monkeypatch.setattr(tuned_table, "of_device", lambda device: table)
     gpu = torch.device("cuda")
     assert [tuned_table.measured("tile bfloat16", gpu, 320, 64, rows, False) for rows in (64, 65, 128, 129)] == [
         None,

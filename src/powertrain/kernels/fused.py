@@ -21,10 +21,13 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
     return normed.mul_(weight) if x.dtype == torch.float32 else normed.to(x.dtype) * weight
 
 
-def _add_rms_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def _add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, before_narrow: bool = False
+) -> torch.Tensor:
     """x += delta, in place; then the norm of x. Both [..., d], contiguous, of one dtype.
 
     Or delta is float32 [pieces, ..., d], a product left in pieces: then their sum is added, rounded to x's dtype.
+    `before_narrow`: a product with weights of 8 bits or less follows, which a provider may time its launch by.
     """
     return _rms_norm(x.add_(sum_pieces(delta, x)), weight, eps)
 

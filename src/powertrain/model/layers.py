@@ -13,7 +13,7 @@ from powertrain.kernels.op import current_mode
 from powertrain.kernels.quantized import MAX_UNROUNDED_ROWS
 from powertrain.kernels.rounding import Rounded, add_rms_norm_rounded, silu_mul_rounded
 from powertrain.model.families import ModelConfig
-from powertrain.model.weights import GatedFormat, PiecewiseFormat, RoundedFormat, WeightFormat
+from powertrain.model.weights import Dense, GatedFormat, PiecewiseFormat, RoundedFormat, WeightFormat
 
 
 class Linear:
@@ -22,6 +22,7 @@ class Linear:
     def __init__(self, formats: list[WeightFormat], bias: torch.Tensor | None = None) -> None:
         self.formats = formats
         self.bias = bias
+        self.is_narrow = not any(isinstance(weight, Dense) for weight in formats)
 
     def __call__(self, x: torch.Tensor | Rounded) -> torch.Tensor:
         parts = [_product(weight, x) for weight in self.formats]
@@ -80,13 +81,14 @@ class RMSNorm:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
 
-    def after(self, x: torch.Tensor, delta: torch.Tensor, to: torch.dtype | None = None) -> torch.Tensor | Rounded:
+    def after(self, x: torch.Tensor, delta: torch.Tensor, product: Linear) -> torch.Tensor | Rounded:
         """The norm of x + delta, which x becomes; delta [tokens, d], or the pieces of a product [pieces, tokens, d].
 
-        Rounded `to` 8 bits where the product that comes next wants that.
+        Rounded to 8 bits where `product`, which comes next, wants that.
         """
+        to = product.rounds(x.shape[0])
         if to is None:
-            return add_rms_norm(x, delta, self.weight, self.eps)
+            return add_rms_norm(x, delta, self.weight, self.eps, product.is_narrow)
         return Rounded(*add_rms_norm_rounded(x, delta, self.weight, self.eps, to), x.dtype)
 
 
@@ -193,13 +195,12 @@ class Block:
         step: AttentionStep,
     ) -> torch.Tensor:
         """x [tokens, hidden] becomes x + delta + this layer's attention; returns what its MLP adds, maybe in pieces."""
-        num_rows = x.shape[0]
         if delta is None:
             normed: torch.Tensor | Rounded = self.attention_norm(x)
         else:
-            normed = self.attention_norm.after(x, delta, self.attention.qkv.rounds(num_rows))
+            normed = self.attention_norm.after(x, delta, self.attention.qkv)
         attended = self.attention(normed, rope, cache, step)
-        return self.mlp(self.mlp_norm.after(x, attended, self.mlp.gate_up.rounds(num_rows)))
+        return self.mlp(self.mlp_norm.after(x, attended, self.mlp.gate_up))
 
     def linears(self) -> list[Linear]:
         return [self.attention.qkv, self.attention.output, self.mlp.gate_up, self.mlp.down]

@@ -57,20 +57,27 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return _norm(x, None, weight, eps)[0]
 
 
-def add_rms_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, before_narrow: bool = False
+) -> torch.Tensor:
     """`kernels.fused.add_rms_norm` of contiguous rows, or of a product's pieces, which are summed in their order."""
-    return _norm(x, delta, weight, eps)[0]
+    return _norm(x, delta, weight, eps, is_late=before_narrow)[0]
 
 
 def add_rms_norm_rounded(
     x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, to: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`kernels.rounding.add_rms_norm_rounded` of contiguous rows."""
-    return _norm(x, delta, weight, eps, to)
+    return _norm(x, delta, weight, eps, to, is_late=True)
 
 
 def _norm(
-    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, to: torch.dtype | None = None
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    to: torch.dtype | None = None,
+    is_late: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm in x's dtype, or rounded `to` 8 bits with its scales, which else mean nothing."""
     width = x.shape[-1]
@@ -91,7 +98,7 @@ def _norm(
         LIMIT=0.0 if to is None else limit_of(to),
         BLOCK=block,
         num_warps=_num_warps(block),
-        **launch_options(x),
+        **launch_options(x, is_late=is_late),
     )
     return out, scale
 

@@ -75,12 +75,17 @@ def _add_block(
 
 
 @triton.jit
-def _load_inputs(x, WORDS: tl.constexpr, NIBBLES: tl.constexpr):
+def _load_inputs(x, is_row, WORDS: tl.constexpr, NIBBLES: tl.constexpr):
     """The inputs of a block, which `x` points to the first word's of, by the nibble that they multiply."""
     if NIBBLES == 4:
-        return tl.load(x), tl.load(x + WORDS), tl.load(x + 2 * WORDS), tl.load(x + 3 * WORDS)
+        return (
+            tl.load(x, is_row, other=0.0),
+            tl.load(x + WORDS, is_row, other=0.0),
+            tl.load(x + 2 * WORDS, is_row, other=0.0),
+            tl.load(x + 3 * WORDS, is_row, other=0.0),
+        )
     else:
-        return tl.load(x), tl.load(x + WORDS)
+        return tl.load(x, is_row, other=0.0), tl.load(x + WORDS, is_row, other=0.0)
 
 
 @triton.jit
@@ -162,7 +167,9 @@ def _int4_kernel(
         if GATED:
             prefetch(at + out_features * WORDS + blocks + lines)
     wait_turn(PDL)
-    x_at = x + tl.minimum(rows, num_rows - 1)[:, None] * x_stride + word[None, :]
+    x_at = x + rows[:, None] * x_stride + word[None, :]
+    # rows past the end are not read: the same few lines, asked for by all programs at once, would hold them up
+    is_row = (rows < num_rows)[:, None]
     acc = zero_sums(ROWS, OUTPUTS, SWAPS)
     up = zero_sums(ROWS, OUTPUTS, SWAPS)
     # scales are too small for the pipeline's asynchronous copies: each turn begins with the loads of the next one's
@@ -175,7 +182,7 @@ def _int4_kernel(
         at = tl.minimum(block + 1, end - 1) // GROUP_BLOCKS * all_outputs + column
         next_scales, next_zeros = _of_group(scale, zero, at, HAS_ZERO)
         packed = own + word[None, :] + block * stride
-        inputs = _load_inputs(x_at + block * (NIBBLES * WORDS), WORDS, NIBBLES)
+        inputs = _load_inputs(x_at + block * (NIBBLES * WORDS), is_row, WORDS, NIBBLES)
         acc = _add_block(
             acc, packed, scales, zeros, inputs, HAS_ZERO, SCALES_WEIGHTS, ROWS, SWAPS, PRECISION, IS_COMPILED
         )

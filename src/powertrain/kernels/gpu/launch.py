@@ -2,6 +2,10 @@
 
 Each kernel lets its successor start at once and then waits until its predecessor's results are there, so what a launch
 costs is hidden; only what it reads before `wait_turn` must be older than that, weights say. Hopper and later.
+
+A norm before a product of 8- or 4-bit weights lets that come only with its own turn: several of such a product's
+programs fit on a processor, and coming while the product before still runs, they would crowd on the processors that end
+first and leave the others idle.
 """
 
 from __future__ import annotations
@@ -14,8 +18,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-AHEAD_BYTES = 64 * 2**10
-"""Weights that a program of a product asks for before its turn: all programs together a fifth of the L2 cache."""
+AHEAD_BYTES = 16 * 2**10
+"""Weights that a program of a product asks for before its turn: more take the memory from the kernels under way."""
+
+EARLY, LATE = tl.constexpr(1), tl.constexpr(2)
+"""When a successor may come: at once, or with the kernel's own turn; 0 where all waits for the end."""
 
 LINE_BYTES = tl.constexpr(128)
 
@@ -23,9 +30,12 @@ LINE_BYTES = tl.constexpr(128)
 @triton.jit
 def wait_turn(PDL: tl.constexpr):
     """First of all, before anything is read that the kernels before this one have written."""
-    if PDL:
+    if PDL == EARLY:
         gdc_launch_dependents()
         gdc_wait()
+    if PDL == LATE:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -63,9 +73,11 @@ def num_processors(device: torch.device) -> int:
     return count
 
 
-def launch_options(x: torch.Tensor) -> dict[str, Any]:
-    """What every launch on x's device adds to its arguments."""
-    return {"PDL": True, "launch_pdl": True} if x.is_cuda and _has_dependent_launch(x.device) else {"PDL": False}
+def launch_options(x: torch.Tensor, *, is_late: bool = False) -> dict[str, Any]:
+    """What every launch on x's device adds to its arguments; `is_late`: the successor comes with the kernel's turn."""
+    if not x.is_cuda or not _has_dependent_launch(x.device):
+        return {"PDL": 0}
+    return {"PDL": LATE.value if is_late else EARLY.value, "launch_pdl": True}
 
 
 @cache

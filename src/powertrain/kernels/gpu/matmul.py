@@ -61,17 +61,19 @@ def _skinny_kernel(
             prefetch_rows(own + half, first, in_features, LINES)
     wait_turn(PDL)
     w_at = own[:, None] + inputs[None, :]
-    x_at = x + tl.minimum(rows, num_rows - 1)[:, None] * x_stride + inputs[None, :]
+    x_at = x + rows[:, None] * x_stride + inputs[None, :]
+    # rows past the end are not read: the same few lines, asked for by all programs at once, would hold them up
+    is_row = (rows < num_rows)[:, None]
     acc = tl.zeros((ROWS, OUTPUTS), tl.float32)
     up = tl.zeros((ROWS, OUTPUTS), tl.float32)
     for start in range(first, end, INPUTS):
         if EVEN:
             w = tl.load(w_at + start, eviction_policy="evict_first")
-            a = tl.load(x_at + start)
+            a = tl.load(x_at + start, is_row, other=0.0)
         else:
             inside = (start + inputs < end)[None, :]
             w = tl.load(w_at + start, inside, other=0.0, eviction_policy="evict_first")
-            a = tl.load(x_at + start, inside, other=0.0)
+            a = tl.load(x_at + start, inside & is_row, other=0.0)
         acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION)
         if GATED:
             if EVEN:

@@ -149,12 +149,14 @@ def _matrix_kernel(
         of_output = tl.load(scale + column)
         up_of_output = tl.load(scale + out_features + column) if GATED else of_output
     wait_turn(PDL)
-    x_at = x + tl.minimum(rows, num_rows - 1)[:, None] * x_stride + inputs[None, :]
+    x_at = x + rows[:, None] * x_stride + inputs[None, :]
+    # rows past the end are not read: the same few lines, asked for by all programs at once, would hold them up
+    is_row = (rows < num_rows)[:, None]
     acc = zero_sums(ROWS, OUTPUTS, SWAPS)
     up = zero_sums(ROWS, OUTPUTS, SWAPS)
     for start in range(first, last, INPUTS):
         inside = (start + inputs < end)[None, :]
-        a = tl.load(x_at + start, inside, other=0.0)
+        a = tl.load(x_at + start, inside & is_row, other=0.0)
         at = own[:, None] + inputs[None, :] + start
         # a turn is one block of inputs, where there are blocks
         of_block = scale + column // INPUTS * num_turns + start // INPUTS

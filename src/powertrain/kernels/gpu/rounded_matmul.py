@@ -114,7 +114,7 @@ def _rounded_kernel(
     # at least one turn, maybe of zeros: around a loop that may be skipped the tensor cores' work is not overlapped
     last = tl.maximum(end, first + 1)
     tl.assume(first < last)
-    # rows and outputs past the end read the last one again: the loop masks inputs only
+    # outputs past the end read the last one again: the loop masks inputs and rows only
     row = tl.minimum(rows, num_rows - 1)
     column = tl.minimum(columns, out_features - 1)
     next_column = column + out_features if GATED else tl.minimum(columns + OUTPUTS, out_features - 1)
@@ -129,11 +129,12 @@ def _rounded_kernel(
     wait_turn(PDL)
     row_scale = tl.load(x_scale + row)
     x_at = x + row[:, None] * x_stride + inputs[None, :]
+    is_row = (rows < num_rows)[:, None]
     acc = _zeros(x.dtype.element_ty, ROWS, OUTPUTS, SWAPS)
     next_acc = _zeros(x.dtype.element_ty, ROWS, OUTPUTS, SWAPS)
     for start in range(first, last, INPUTS):
         at = start + inputs[None, :]
-        a = tl.load(x_at + start, at < end, other=0.0)
+        a = tl.load(x_at + start, (at < end) & is_row, other=0.0)
         acc = _add_product(own[:, None] + at, a, acc, at < end, SWAPS)
         if TILES == 2:
             next_acc = _add_product(next_own[:, None] + at, a, next_acc, at < end, SWAPS)

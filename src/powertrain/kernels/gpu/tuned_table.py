@@ -34,11 +34,11 @@ def measured(
     rows = rows_of_entry(num_rows)
     if device.type != "cuda" or rows is None:
         return None
-    return _of_device(device).get(product, {}).get((out_features, in_features, rows, is_gated))
+    return of_device(device).get(product, {}).get((out_features, in_features, rows, is_gated))
 
 
 @cache
-def _of_device(device: torch.device) -> dict[str, dict[Key, dict[str, Any]]]:
+def of_device(device: torch.device) -> dict[str, dict[Key, dict[str, Any]]]:
     file = FOLDER / file_name(device)
     if not file.exists():
         logger.info("no measured settings for %s: the kernels run with guessed ones", file.stem)

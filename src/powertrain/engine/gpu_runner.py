@@ -6,18 +6,22 @@ step can be launched before the host has seen it.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from powertrain.engine.graph import DecodeGraphs, DeviceState, RowInputs, draw_next
+from powertrain.engine.graph import DecodeGraphs, DeviceState, RowInputs, compile_decodes, draw_next
 from powertrain.engine.runner import Runner, StepResult
 from powertrain.engine.sampler import Row, has_penalties, needs_host, uniform
 from powertrain.engine.scheduler import Chunk, Plan, Sequence
 from powertrain.model.decoder import Decoder, KVCache
 from powertrain.types import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 IN_PROMPT, MAX_COUNT = -(2**15), 2**15 - 1
 
@@ -53,6 +57,15 @@ class GpuRunner(Runner):
         self._inputs_of = [RowInputs.empty(max_num_seqs, "cpu", pinned=device.type == "cuda") for _ in range(3)]
         self._turn = 0
         self._graphs: DecodeGraphs | None = None
+
+    @torch.inference_mode()
+    def compile(self) -> None:
+        """Compile what the graphs launch, side by side; the rest is compiled when it is first used."""
+        if self.model.kernels == "triton" and self.model.device.type == "cuda":
+            started = time.perf_counter()
+            count = compile_decodes(self.model, self.cache, self._state, self._tables.shape[0])
+            if count:
+                logger.info("compiled %d kernels in %.1f s", count, time.perf_counter() - started)
 
     @torch.inference_mode()
     def capture(self) -> None:

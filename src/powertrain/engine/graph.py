@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -92,6 +93,31 @@ def draw_next(model: Decoder, hidden: torch.Tensor, state: DeviceState, inputs: 
     tokens = draw_tokens(model.raw_logits(hidden).contiguous(), draws, Seen(state.counts, inputs.integers[0]))
     state.last_tokens.index_copy_(0, inputs.integers[0], tokens)
     return tokens
+
+
+def compile_decodes(model: Decoder, cache: KVCache, state: DeviceState, max_rows: int) -> int:
+    """Compile the kernels of all graphs by many processes, before any of them runs; returns how many were missing.
+
+    Layers are alike: two of them show what all launch, the first adding nothing to the stream before its norm.
+    """
+    import triton
+
+    from powertrain.kernels.gpu.compile_ahead import collected, compile_missing
+    from powertrain.kernels.gpu.inputs import decode_inputs
+
+    few, part = copy.copy(model), copy.copy(cache)
+    few.blocks, part.layers = model.blocks[:2], cache.layers[:2]
+    with collected() as kernels:
+        for size in graph_sizes(max_rows):
+            inputs = RowInputs.empty(size, model.device)
+            slots, context_lens, new_blocks, _ = inputs.integers.unbind()
+            decode_inputs(slots, context_lens, new_blocks, state.last_tokens, state.tables, cache.block_size)
+            # its results are not there: the rest goes by zeros
+            tables = state.tables.new_zeros(size, state.tables.shape[1])
+            step = AttentionStep.of_decodes(slots, context_lens, slots, tables, cache.block_size)
+            draw_next(few, few.forward(slots, step, part), state, inputs)
+    state.last_tokens.zero_()
+    return compile_missing(kernels, triton.runtime.driver.active.get_current_target())
 
 
 class DecodeGraphs:

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from powertrain.kernels.gpu.conversions import widen_pairs
+from powertrain.kernels.gpu.launch import device_function
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -16,7 +17,7 @@ def dim_block_of(dim: int) -> int:
     return max(32, columns)
 
 
-@triton.jit
+@device_function
 def in_parts(x, IS_SCALED: tl.constexpr):
     """Rows as `attend` takes them: the even and the odd columns if the cache holds 8 bits, else all.
 
@@ -30,7 +31,7 @@ def in_parts(x, IS_SCALED: tl.constexpr):
         return (x,)
 
 
-@triton.jit
+@device_function
 def joined(parts, IS_SCALED: tl.constexpr):
     """What `in_parts` took apart."""
     if IS_SCALED:
@@ -39,7 +40,7 @@ def joined(parts, IS_SCALED: tl.constexpr):
         return parts[0]
 
 
-@triton.jit
+@device_function
 def _load_parts(at, mask, stored: tl.constexpr, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):
     tile = tl.load(at) if mask is None else tl.load(at, mask, other=0)
     if tile.dtype == stored:
@@ -48,7 +49,7 @@ def _load_parts(at, mask, stored: tl.constexpr, dtype: tl.constexpr, IS_COMPILED
         return widen_pairs(tile, stored, dtype, IS_COMPILED)
 
 
-@triton.jit
+@device_function
 def attend(
     query,
     cache,

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from powertrain.kernels.gpu.launch import launch_options, wait_turn
+from powertrain.kernels.gpu.launch import device_function, launch, launch_options, wait_turn
 from powertrain.kernels.quantized import FLOAT8_BLOCK, Int4Blocks
 from powertrain.kernels.rounding import INT8_STEPS, LARGEST_FLOAT8
 
@@ -112,7 +112,7 @@ _INT8_BY_HALF = tl.constexpr("""{
 }""")
 
 
-@triton.jit
+@device_function
 def unpack_nibbles(packed, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):
     """The nibbles of words of 8 or 16 bits less 8, as floats: one tensor for each nibble, the lowest first."""
     # the types of several results have to be written out
@@ -153,7 +153,7 @@ def unpack_nibbles(packed, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):
         return _nibble(packed, 0, dtype), _nibble(packed, 4, dtype)
 
 
-@triton.jit
+@device_function
 def unpack_scaled(packed, scale, IS_COMPILED: tl.constexpr):
     """As `unpack_nibbles` of words of 16 bits, times the scales of their rows, in the scales' type."""
     packed, scale = tl.broadcast(packed, scale[:, None])
@@ -180,12 +180,12 @@ def unpack_scaled(packed, scale, IS_COMPILED: tl.constexpr):
         return first * scale, second * scale, third * scale, fourth * scale
 
 
-@triton.jit
+@device_function
 def _nibble(packed, SHIFT: tl.constexpr, dtype: tl.constexpr):
     return (((packed.to(tl.int32) >> SHIFT) & 15) - 8).to(dtype)
 
 
-@triton.jit
+@device_function
 def widen_bytes(weight, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):
     """8-bit integers or floats as floats, exactly."""
     if IS_COMPILED and weight.dtype == tl.float8e4nv and dtype == tl.bfloat16:
@@ -194,7 +194,7 @@ def widen_bytes(weight, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):
         return weight.to(tl.float32).to(dtype) if weight.dtype == tl.float8e4nv else weight.to(dtype)
 
 
-@triton.jit
+@device_function
 def widen_pairs(pairs, stored: tl.constexpr, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):
     """The low and the high bytes of int16, 8-bit integers or floats (`stored`), as floats, exactly."""
     if IS_COMPILED and dtype == tl.float16:
@@ -211,13 +211,13 @@ def widen_pairs(pairs, stored: tl.constexpr, dtype: tl.constexpr, IS_COMPILED: t
         return widen_bytes(low, dtype, IS_COMPILED), widen_bytes(high, dtype, IS_COMPILED)
 
 
-@triton.jit
+@device_function
 def round_to_integer(value):
     """float32 to the nearest integer, halves to even: this much added and taken away does it below 2^22."""
     return (value + 12582912.0) - 12582912.0
 
 
-@triton.jit
+@device_function
 def round_row(value, LIMIT: tl.constexpr, IS_INTEGER: tl.constexpr):
     """A row of float32 on its own grid of 8 bits, as float32, and the grid's scale."""
     own = tl.max(tl.abs(value), 0) / LIMIT
@@ -257,7 +257,7 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
     values = torch.empty(rows, width, dtype=dtype, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)
-    _quantize_rows_kernel[(rows,)](
+    launch(_quantize_rows_kernel, (rows,))(
         x,
         values,
         scale,
@@ -277,7 +277,7 @@ def scale_integers(
     """int32 [rows, n] times row_scale [rows] and column_scale [n], in `dtype`."""
     rows, width = product.shape
     out = torch.empty(rows, width, dtype=dtype, device=product.device)
-    _scale_integers_kernel[(rows, triton.cdiv(width, 1024))](
+    launch(_scale_integers_kernel, (rows, triton.cdiv(width, 1024)))(
         product, row_scale, column_scale, out, width, BLOCK=1024, num_warps=4, **launch_options(product)
     )
     return out
@@ -332,7 +332,7 @@ def int4_floats(weight: Int4Blocks, dtype: torch.dtype) -> torch.Tensor:
     num_blocks, out_features, words = weight.values.shape
     in_features = num_blocks * words * weight.nibbles
     out = torch.empty(out_features, in_features, dtype=dtype, device=weight.values.device)
-    _int4_floats_kernel[(num_blocks, triton.cdiv(out_features, 64))](
+    launch(_int4_floats_kernel, (num_blocks, triton.cdiv(out_features, 64)))(
         weight.values,
         weight.scale,
         weight.zero if weight.zero is not None else weight.values,
@@ -369,7 +369,7 @@ def byte_floats(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -
     """The matrix [out, in] behind 8-bit integers or floats (see `byte_linear`)."""
     rows, width = values.shape
     out = torch.empty(rows, width, dtype=dtype, device=values.device)
-    _byte_floats_kernel[(rows, triton.cdiv(width, 2048))](
+    launch(_byte_floats_kernel, (rows, triton.cdiv(width, 2048)))(
         values, scale, out, width, SCALE_BLOCK=FLOAT8_BLOCK if scale.ndim == 2 else 0, BLOCK=2048
     )
     return out

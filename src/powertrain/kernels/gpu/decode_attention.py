@@ -17,7 +17,7 @@ import triton.language as tl
 
 from powertrain.kernels.attention import LayerCache, ScaledCache, entries
 from powertrain.kernels.gpu.attention_tile import LOG2E, attend, dim_block_of, in_parts, joined
-from powertrain.kernels.gpu.launch import launch_options, wait_turn
+from powertrain.kernels.gpu.launch import launch, launch_options, wait_turn
 
 MERGED_AT_ONCE = 8
 
@@ -105,7 +105,7 @@ def split_decodes(
     device = context_lens.device
     empty = torch.empty(1 + num_seqs + 1 + 2 * most, dtype=torch.int32, device=device)
     piece_len, starts, sequence_of, piece_of = empty.split((1, num_seqs + 1, most, most))
-    _split_kernel[(num_seqs,)](
+    launch(_split_kernel, (num_seqs,))(
         context_lens,
         piece_len,
         starts,
@@ -260,7 +260,7 @@ def decode_attention(
     partial = torch.empty(most, num_heads, dim, dtype=torch.float32, device=query.device)
     stats = torch.empty(most, num_heads, 2, dtype=torch.float32, device=query.device)
     dim_block = dim_block_of(dim)
-    _decode_kernel[(num_kv_heads, split.num_programs)](
+    launch(_decode_kernel, (num_kv_heads, split.num_programs))(
         query,
         stored,
         cache.scales if isinstance(cache, ScaledCache) else stored,
@@ -292,7 +292,7 @@ def decode_attention(
         num_stages=split.config.num_stages,
         **launch_options(query),
     )
-    _merge_kernel[(num_seqs, num_heads)](
+    launch(_merge_kernel, (num_seqs, num_heads))(
         partial,
         stats,
         split.starts,

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from powertrain.kernels.attention import AttentionStep, LayerCache, ScaledCache, entries, largest_entry
 from powertrain.kernels.gpu.conversions import limit_of, round_row, round_to_integer
-from powertrain.kernels.gpu.launch import launch_options, wait_turn
+from powertrain.kernels.gpu.launch import launch, launch_options, wait_turn
 
 
 @triton.jit(do_not_specialize=["piece_stride"])
@@ -85,7 +85,7 @@ def _norm(
     scale = weight if to is None else torch.empty(x.numel() // width, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)
     grid = (x.numel() // width,)
-    _add_rms_norm_kernel[grid](
+    launch(_add_rms_norm_kernel, grid)(
         x,
         delta,
         weight,
@@ -125,7 +125,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
     block = min(1024, triton.next_power_of_2(width))
-    _silu_mul_kernel[(rows, triton.cdiv(width, block))](
+    launch(_silu_mul_kernel, (rows, triton.cdiv(width, block)))(
         gate_up, out, width, BLOCK=block, num_warps=4, **launch_options(gate_up)
     )
     return out
@@ -154,7 +154,7 @@ def silu_mul_rounded(gate_up: torch.Tensor, to: torch.dtype) -> tuple[torch.Tens
     out = torch.empty(rows, width, dtype=to, device=gate_up.device)
     scale = torch.empty(rows, dtype=torch.float32, device=gate_up.device)
     block = triton.next_power_of_2(width)
-    _silu_mul_rounded_kernel[(rows,)](
+    launch(_silu_mul_rounded_kernel, (rows,))(
         gate_up,
         out,
         scale,
@@ -256,7 +256,7 @@ def rotate_and_write(
     num_heads = num_heads_all - 2 * num_kv_heads
     cos, sin = rope
     query_norm, key_norm = norms if norms is not None else (None, None)
-    _norm_rope_write_kernel[(num_tokens, triton.cdiv(num_heads_all, HEADS_AT_ONCE))](
+    launch(_norm_rope_write_kernel, (num_tokens, triton.cdiv(num_heads_all, HEADS_AT_ONCE)))(
         qkv,
         cos,
         sin,

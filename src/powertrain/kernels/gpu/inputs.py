@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from powertrain.kernels.gpu.launch import launch_options, wait_turn
+from powertrain.kernels.gpu.launch import launch, launch_options, wait_turn
 
 _OF_ROWS = ["slots", "context_lens", "new_blocks", "token_ids", "positions", "places"]
 """Parts of one tensor: where they begin depends on the number of rows, for which nothing shall be compiled anew."""
@@ -67,7 +67,7 @@ def decode_inputs(
     numbers = torch.empty(3, num_rows, dtype=torch.int64, device=slots.device)
     token_ids, positions, places = numbers.unbind()
     block_tables = torch.empty(num_rows, width, dtype=torch.int64, device=slots.device)
-    _decode_inputs_kernel[(num_rows,)](
+    launch(_decode_inputs_kernel, (num_rows,))(
         slots,
         context_lens,
         new_blocks,

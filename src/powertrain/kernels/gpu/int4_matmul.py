@@ -14,7 +14,7 @@ import triton.language as tl
 
 from powertrain.kernels.fused import silu_mul
 from powertrain.kernels.gpu.conversions import int4_floats, unpack_nibbles, unpack_scaled
-from powertrain.kernels.gpu.launch import LINE_BYTES, lines_ahead, prefetch, wait_turn
+from powertrain.kernels.gpu.launch import LINE_BYTES, device_function, launch, lines_ahead, prefetch, wait_turn
 from powertrain.kernels.gpu.quantized import (
     MAX_GATED_ROWS,
     MAX_ROWS,
@@ -39,7 +39,7 @@ MAX_PART_ROWS = 128
 and are rounded to the activations' type as in a matrix of floats."""
 
 
-@triton.jit
+@device_function
 def _add_block(
     acc,
     values,
@@ -74,7 +74,7 @@ def _add_block(
         return acc + part * by_output(scale.to(tl.float32), SWAPS)
 
 
-@triton.jit
+@device_function
 def _load_inputs(x, is_row, WORDS: tl.constexpr, NIBBLES: tl.constexpr):
     """The inputs of a block, which `x` points to the first word's of, by the nibble that they multiply."""
     if NIBBLES == 4:
@@ -88,7 +88,7 @@ def _load_inputs(x, is_row, WORDS: tl.constexpr, NIBBLES: tl.constexpr):
         return tl.load(x, is_row, other=0.0), tl.load(x + WORDS, is_row, other=0.0)
 
 
-@triton.jit
+@device_function
 def _of_group(scale, zero, at, HAS_ZERO: tl.constexpr):
     """The scales of a block's outputs, and the zero points or the scales again."""
     own = tl.load(scale + at)
@@ -98,7 +98,7 @@ def _of_group(scale, zero, at, HAS_ZERO: tl.constexpr):
         return own, own
 
 
-@triton.jit
+@device_function
 def _prefetch_scales(scale, first, end, stride, GROUP_BLOCKS: tl.constexpr, OUTPUTS: tl.constexpr):
     """Those of a program's blocks, which `scale` points to the first output's of: [groups, outputs], `stride` apart.
 
@@ -213,7 +213,8 @@ def int4_linear(x: torch.Tensor, weight: Int4Blocks, is_gated: bool, keeps_piece
 
 
 def _can_scale_weights(x: torch.Tensor, weight: Int4Blocks) -> bool:
-    return weight.scale.dtype == x.dtype and weight.zero is None and weight.nibbles == 4
+    is_half = x.element_size() == 2  # a float32 tile of so many rows has no room in shared memory
+    return is_half and weight.scale.dtype == x.dtype and weight.zero is None and weight.nibbles == 4
 
 
 def int4_product(
@@ -231,7 +232,7 @@ def int4_product(
     grid = (triton.cdiv(out_features, config.outputs), config.splits)
     # a program's words of a block lie in a row; where it has fewer outputs than that it asks for none
     lines = lines_ahead(config.outputs * (2 if is_gated else 1), x.device) if out_features >= config.outputs else 0
-    _int4_kernel[grid](
+    launch(_int4_kernel, grid)(
         x,
         weight.values,
         weight.scale,

@@ -10,7 +10,10 @@ first and leave the others idle.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -27,7 +30,19 @@ EARLY, LATE = tl.constexpr(1), tl.constexpr(2)
 LINE_BYTES = tl.constexpr(128)
 
 
-@triton.jit
+def device_function(function: Callable[..., Any]) -> Any:
+    """`triton.jit` for what kernels call.
+
+    Triton's key of a kernel in its cache on disk depends on whether the keys of what it calls are known already, so
+    that two processes could miss each other's: they are computed here, at once.
+    """
+    compiled = triton.jit(function)
+    if isinstance(compiled, triton.JITFunction):  # not under the interpreter
+        _ = compiled.cache_key
+    return compiled
+
+
+@device_function
 def wait_turn(PDL: tl.constexpr):
     """First of all, before anything is read that the kernels before this one have written."""
     if PDL == EARLY:
@@ -38,7 +53,7 @@ def wait_turn(PDL: tl.constexpr):
         gdc_launch_dependents()
 
 
-@triton.jit
+@device_function
 def prefetch(pointers):
     """Ask for the cache lines at `pointers` to be brought to the L2 cache, without waiting.
 
@@ -49,7 +64,7 @@ def prefetch(pointers):
     )
 
 
-@triton.jit
+@device_function
 def prefetch_rows(rows, first, num_elements, LINES: tl.constexpr):
     """The first LINES cache lines of each row of `num_elements`, from element `first` on; `rows` are pointers."""
     line: tl.constexpr = LINE_BYTES // (rows.dtype.element_ty.primitive_bitwidth // 8)
@@ -63,6 +78,24 @@ def lines_ahead(num_rows: int, device: torch.device) -> int:
         return 0
     lines: int = AHEAD_BYTES // (LINE_BYTES.value * triton.next_power_of_2(num_rows))
     return max(1, lines)
+
+
+_is_collecting: ContextVar[bool] = ContextVar("is_collecting", default=False)
+
+
+def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+    """`kernel[grid]`, to be called with its arguments; nothing runs within `collecting_launches`."""
+    return partial(kernel.warmup, grid=grid) if _is_collecting.get() else kernel[grid]
+
+
+@contextmanager
+def collecting_launches() -> Iterator[None]:
+    """Launches within go as far as Triton's compiler, and nothing runs."""
+    token = _is_collecting.set(True)
+    try:
+        yield
+    finally:
+        _is_collecting.reset(token)
 
 
 def num_processors(device: torch.device) -> int:

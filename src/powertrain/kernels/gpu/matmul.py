@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from powertrain.kernels.fused import silu_mul
-from powertrain.kernels.gpu.launch import launch_options, lines_ahead, prefetch_rows, wait_turn
+from powertrain.kernels.gpu.launch import launch, launch_options, lines_ahead, prefetch_rows, wait_turn
 from powertrain.kernels.gpu.quantized import matrix_product, tile_config
 from powertrain.kernels.gpu.splits import sum_splits
 from powertrain.kernels.gpu.tuned_table import measured
@@ -139,7 +139,7 @@ def skinny_linear(
     if splits > 1:
         target = torch.empty(splits, num_rows, out_features, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(out_features, config.outputs), splits)
-    _skinny_kernel[grid](
+    launch(_skinny_kernel, grid)(
         x,
         weight,
         target,

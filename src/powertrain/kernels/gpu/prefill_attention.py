@@ -15,7 +15,7 @@ import triton.language as tl
 
 from powertrain.kernels.attention import AttentionStep, LayerCache, ScaledCache, entries
 from powertrain.kernels.gpu.attention_tile import LOG2E, attend, dim_block_of, in_parts, joined
-from powertrain.kernels.gpu.launch import launch_options, wait_turn
+from powertrain.kernels.gpu.launch import launch, launch_options, wait_turn
 
 
 @triton.jit(do_not_specialize=["table_width", "window"])
@@ -162,7 +162,7 @@ def prefill_attention(
     block_size, num_kv_heads = stored.shape[1], stored.shape[2] // 2
     group = num_heads // num_kv_heads
     tokens = tile_tokens(group)
-    _prefill_kernel[(tiles.shape[0], num_kv_heads)](
+    launch(_prefill_kernel, (tiles.shape[0], num_kv_heads))(
         query,
         stored,
         cache.scales if isinstance(cache, ScaledCache) else stored,

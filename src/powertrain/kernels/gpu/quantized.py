@@ -13,7 +13,7 @@ import triton.language as tl
 
 from powertrain.kernels.fused import silu_mul
 from powertrain.kernels.gpu.conversions import byte_floats, quantize_rows, widen_bytes
-from powertrain.kernels.gpu.launch import launch_options, lines_ahead, prefetch_rows, wait_turn
+from powertrain.kernels.gpu.launch import device_function, launch, launch_options, lines_ahead, prefetch_rows, wait_turn
 from powertrain.kernels.gpu.rounded_matmul import rounded_linear
 from powertrain.kernels.gpu.splits import sum_splits
 from powertrain.kernels.gpu.tuned_table import measured
@@ -37,7 +37,7 @@ class QuantizedConfig(NamedTuple):
     num_stages: int
 
 
-@triton.jit
+@device_function
 def add_product(weight, x, acc, SWAPS: tl.constexpr, PRECISION: tl.constexpr):
     """acc + the product of weight [outputs, inputs] and x [rows, inputs], as [outputs, rows] or [rows, outputs]."""
     if SWAPS:
@@ -46,7 +46,7 @@ def add_product(weight, x, acc, SWAPS: tl.constexpr, PRECISION: tl.constexpr):
         return tl.dot(x, tl.trans(weight), acc, input_precision=PRECISION)
 
 
-@triton.jit
+@device_function
 def zero_sums(ROWS: tl.constexpr, OUTPUTS: tl.constexpr, SWAPS: tl.constexpr):
     if SWAPS:
         return tl.zeros((OUTPUTS, ROWS), tl.float32)
@@ -54,7 +54,7 @@ def zero_sums(ROWS: tl.constexpr, OUTPUTS: tl.constexpr, SWAPS: tl.constexpr):
         return tl.zeros((ROWS, OUTPUTS), tl.float32)
 
 
-@triton.jit
+@device_function
 def by_output(scale, SWAPS: tl.constexpr):
     if SWAPS:
         return scale[:, None]
@@ -62,7 +62,7 @@ def by_output(scale, SWAPS: tl.constexpr):
         return scale[None, :]
 
 
-@triton.jit
+@device_function
 def store_sums(out, acc, rows, columns, num_rows, out_features, SWAPS: tl.constexpr):
     at = out + tl.program_id(1) * num_rows * out_features
     if SWAPS:
@@ -71,7 +71,7 @@ def store_sums(out, acc, rows, columns, num_rows, out_features, SWAPS: tl.conste
     tl.store(at + rows[:, None] * out_features + columns[None, :], acc.to(out.dtype.element_ty), inside)
 
 
-@triton.jit
+@device_function
 def gate_sums(gate, up, dtype: tl.constexpr):
     """silu(gate) * up, rounded where the product and the activation would be, were they apart."""
     gate = gate.to(dtype).to(tl.float32)
@@ -79,7 +79,7 @@ def gate_sums(gate, up, dtype: tl.constexpr):
     return silu * up.to(dtype).to(tl.float32)
 
 
-@triton.jit
+@device_function
 def _matrix_part(
     values,
     scale,
@@ -235,7 +235,7 @@ def matrix_product(
     out_features = values.shape[0] // 2 if is_gated else values.shape[0]
     out, target = result_and_target(x, out_features, config.splits)
     grid = (triton.cdiv(out_features, config.outputs), config.splits)
-    _matrix_kernel[grid](
+    launch(_matrix_kernel, grid)(
         x,
         values,
         scale if scale is not None else values,

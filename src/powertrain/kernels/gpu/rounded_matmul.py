@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from powertrain.kernels.gpu.conversions import quantize_rows, scale_integers
-from powertrain.kernels.gpu.launch import launch_options, lines_ahead, prefetch_rows, wait_turn
+from powertrain.kernels.gpu.launch import device_function, launch, launch_options, lines_ahead, prefetch_rows, wait_turn
 from powertrain.kernels.gpu.splits import sum_splits
 from powertrain.kernels.gpu.tuned_table import measured
 from powertrain.kernels.rounding import silu_mul_rounded
@@ -35,7 +35,7 @@ class RoundedConfig(NamedTuple):
     num_stages: int
 
 
-@triton.jit
+@device_function
 def _zeros(dtype: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, SWAPS: tl.constexpr):
     sums: tl.constexpr = tl.int32 if dtype == tl.int8 else tl.float32
     if SWAPS:
@@ -44,7 +44,7 @@ def _zeros(dtype: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, SWAPS
         return tl.zeros((ROWS, OUTPUTS), sums)
 
 
-@triton.jit
+@device_function
 def _add_product(values, x, acc, inside, SWAPS: tl.constexpr):
     """acc + the product of what `values` points to, [outputs, inputs], and x [rows, inputs]."""
     weight = tl.load(values, inside, other=0.0, eviction_policy="evict_first")
@@ -59,7 +59,7 @@ def _add_product(values, x, acc, inside, SWAPS: tl.constexpr):
         return acc + tl.dot(left, right)
 
 
-@triton.jit
+@device_function
 def _scaled(acc, row_scale, scale, SWAPS: tl.constexpr):
     """The sums with their scales as float32 [rows, outputs]."""
     if SWAPS:
@@ -67,7 +67,7 @@ def _scaled(acc, row_scale, scale, SWAPS: tl.constexpr):
     return acc.to(tl.float32) * row_scale[:, None] * scale[None, :]
 
 
-@triton.jit
+@device_function
 def _gate(gate, up, dtype: tl.constexpr):
     """silu(gate) * up, rounded where the product and the activation would be, were they apart."""
     gate = gate.to(dtype).to(tl.float32)
@@ -75,7 +75,7 @@ def _gate(gate, up, dtype: tl.constexpr):
     return silu * up.to(dtype).to(tl.float32)
 
 
-@triton.jit
+@device_function
 def _store(out, result, rows, columns, num_rows, out_features):
     at = out + tl.program_id(1).to(tl.int64) * num_rows * out_features
     inside = (rows < num_rows)[:, None] & (columns < out_features)[None, :]
@@ -171,7 +171,7 @@ def rounded_product(
     pieces = out if config.splits == 1 else torch.empty(config.splits, *out.shape, device=x.device)
     of_program = config.outputs * (1 if is_gated else config.tiles)
     grid = (triton.cdiv(out_features, of_program) * triton.cdiv(num_rows, tile_rows), config.splits)
-    _rounded_kernel[grid](
+    launch(_rounded_kernel, grid)(
         x,
         x_scale,
         values,

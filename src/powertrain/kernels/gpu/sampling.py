@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from powertrain.kernels.gpu.launch import launch_options, wait_turn
+from powertrain.kernels.gpu.launch import device_function, launch, launch_options, wait_turn
 
 BLOCK = 4096
 
@@ -51,14 +51,14 @@ _PENALTIES = ["slots", "repetition", "presence", "frequency"]
 which nothing shall be compiled anew."""
 
 
-@triton.jit
+@device_function
 def _order(value):
     """Integers that order as the floats do."""
     bits = value.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-@triton.jit
+@device_function
 def _penalties(counts, slots, repetition, presence, frequency, num_logits):
     """A row's own counts and penalties, and whether it has any: what `_load` wants."""
     row = tl.program_id(0)
@@ -68,7 +68,7 @@ def _penalties(counts, slots, repetition, presence, frequency, num_logits):
     return own, factor, once, each, (factor != 1.0) | (once != 0.0) | (each != 0.0)
 
 
-@triton.jit
+@device_function
 def _load(logits, columns, num_logits, counts, factor, once, each, has_penalties):
     """Logits of a row as float32, penalized: Keskar et al. 2019 (arXiv 1909.05858), and the additive two."""
     inside = columns < num_logits
@@ -110,7 +110,7 @@ def _largest_kernel(
     tl.store(largest_at + row * tl.num_programs(1) + block, at)
 
 
-@triton.jit
+@device_function
 def _measure(at, num_logits, key, top, inverse, own, factor, once, each, has, BLOCK: tl.constexpr):
     """How many logits of a row reach `key`, and their mass relative to the largest."""
     count = tl.zeros((BLOCK,), tl.int32)
@@ -298,10 +298,10 @@ def draw_tokens(logits: torch.Tensor, draws: Draws, seen: Seen) -> torch.Tensor:
     blocks = triton.next_power_of_2(num_blocks)
     options = launch_options(logits)
     penalized = (logits, seen.counts, seen.slots, draws.repetition, draws.presence, draws.frequency)
-    _largest_kernel[(num_rows, num_blocks)](
+    launch(_largest_kernel, (num_rows, num_blocks))(
         *penalized, largest, largest_at, num_logits, BLOCK=BLOCK, num_warps=8, **options
     )
-    _threshold_kernel[(num_rows,)](
+    launch(_threshold_kernel, (num_rows,))(
         *penalized,
         largest,
         top_of_row,
@@ -317,10 +317,10 @@ def draw_tokens(logits: torch.Tensor, draws: Draws, seen: Seen) -> torch.Tensor:
         num_warps=16,
         **options,
     )
-    _mass_kernel[(num_rows, num_blocks)](
+    launch(_mass_kernel, (num_rows, num_blocks))(
         *penalized, top_of_row, threshold, draws.temperature, masses, num_logits, BLOCK=BLOCK, num_warps=8, **options
     )
-    _draw_kernel[(num_rows,)](
+    launch(_draw_kernel, (num_rows,))(
         *penalized,
         largest,
         largest_at,

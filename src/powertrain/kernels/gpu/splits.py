@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from powertrain.kernels.gpu.launch import launch_options, wait_turn
+from powertrain.kernels.gpu.launch import launch, launch_options, wait_turn
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -23,7 +23,7 @@ def _sum_splits_kernel(partial, out, size, SPLITS: tl.constexpr, BLOCK: tl.const
 def sum_splits(partial: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """The sum of float32 partial [splits, rows, out] over its splits, in their order, into `out`."""
     size = out.numel()
-    _sum_splits_kernel[(triton.cdiv(size, 1024),)](
+    launch(_sum_splits_kernel, (triton.cdiv(size, 1024),))(
         partial, out, size, SPLITS=partial.shape[0], BLOCK=1024, **launch_options(out)
     )
     return out

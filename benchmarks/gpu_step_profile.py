@@ -140,7 +140,7 @@ def by_kernel(spans: Iterable[Span]) -> dict[str, tuple[int, float, float]]:
 def mean_layer(spans: Iterable[Span]) -> list[dict[str, Any]]:
     """What each kernel of a layer adds, in their order from one attention to the next, in microseconds."""
     ordered = sorted(spans, key=lambda span: span[2])
-    begins = [at for at, span in enumerate(ordered) if span[0] == ATTENTION[0]]
+    begins = [at for at, span in enumerate(ordered) if ATTENTION[0] in span[0]]
     runs = [range(first, last) for first, last in itertools.pairwise(begins)]
     usual = statistics.median_low(len(run) for run in runs)
     runs = [run for run in runs if len(run) == usual]  # the others hold the end of a step

@@ -125,6 +125,7 @@ def run(engine, wanted, late_arrivals=0):
         {"num_blocks": 200},
         {"num_blocks": 9, "max_num_seqs": 6, "max_num_batched_tokens": 24},
         {"num_blocks": 200, "enable_prefix_caching": False, "max_num_seqs": 3},
+        {"num_blocks": 200, "num_speculative_tokens": 3, "prompt_lookup_min": 1, "max_num_batched_tokens": 64},
     ],
 )
 def test_the_tokens_are_those_of_step_by_step(model, monkeypatch, options):
@@ -139,6 +140,7 @@ def test_the_tokens_are_those_of_step_by_step(model, monkeypatch, options):
     assert len(different) <= 1
     if options["num_blocks"] == 9:
         assert ahead.stats().num_preemptions > 0
+    assert (ahead.stats().accepted_draft_tokens > 0) == ("num_speculative_tokens" in options)
 
 
 def test_an_abort_and_a_close_while_a_step_is_under_way(model, monkeypatch):

@@ -195,9 +195,10 @@ class Engine:
         return outputs
 
     def _may_run_ahead(self) -> bool:
-        """Whether a step can be planned while the tokens of the last one are on their way."""
-        sequences = (*self.scheduler.running, *self.scheduler.waiting)
-        return isinstance(self.runner, GpuRunner) and all(is_plain(sequence) for sequence in sequences)
+        """Whether a step can be planned while the tokens of the last one are on their way; drafts follow from them."""
+        if not isinstance(self.runner, GpuRunner) or self.scheduler.proposer is not None:
+            return False
+        return all(is_plain(sequence) for sequence in (*self.scheduler.running, *self.scheduler.waiting))
 
     def _start(self) -> list[TokenOutput]:
         """Plan a step and launch it where that can be done ahead, else run it and commit it."""

@@ -104,6 +104,8 @@ def problems(shape: str, products: list[str], rows: list[int]) -> list[Problem]:
         is_dense = product in ("dense_linear", "tile")
         if product == "dense_linear" and count > quantized.MAX_GATED_ROWS:
             continue
+        if product == "int4" and count > int4_matmul.TILE_ROWS:
+            continue  # in tiles of fewer
         if product in ROUNDED and count <= MAX_UNROUNDED_ROWS:
             continue
         gates = count <= quantized.MAX_GATED_ROWS

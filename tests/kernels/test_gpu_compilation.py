@@ -44,10 +44,9 @@ shared = {"OUTPUTS": 64, "PRECISION": "tf32", "IS_COMPILED": True, "PDL": 1}
 for kind, swaps, gated in product(FLOATS, (False, True), (False, True)):
     x = {"x": kind, "scale": kind, "out": "fp32"}
     layout = {"SWAPS": swaps, "GATED": gated}
-    for word, nibbles, has_zero, scales in (("i16", 4, False, False), ("i16", 4, True, False), ("i16", 4, False, True),
-                                            ("u8", 2, False, False), ("u8", 2, True, False)):
+    for (word, nibbles), has_zero in product((("i16", 4), ("u8", 2)), (False, True)):
         check(int4_matmul._int4_kernel, {**x, "values": word, "zero": "i8"}, **shared, **layout, WORDS=16,
-              NIBBLES=nibbles, GROUP_BLOCKS=1, HAS_ZERO=has_zero, IS_WHOLE=swaps, SCALES_WEIGHTS=scales, ROWS=16,
+              NIBBLES=nibbles, GROUP_BLOCKS=1, HAS_ZERO=has_zero, IS_WHOLE=swaps, TILES=1 + swaps, ROWS=16,
               BLOCKS_AHEAD=4)
         check(conversions._int4_floats_kernel, {"values": word, "scale": kind, "zero": "i8", "out": kind}, WORDS=16,
               NIBBLES=nibbles, GROUP_BLOCKS=1, HAS_ZERO=has_zero, OUTPUTS=64, IS_COMPILED=True)

@@ -77,22 +77,21 @@ def test_4_bit_products_of_few_rows(rows, out, inputs, groups, has_zero, config,
     assert difference(int4_matmul.int4_linear(x, blocks, False), expected) < TOLERANCE[dtype]
 
 
+@each_dtype
+@pytest.mark.parametrize("has_zero", [False, True])
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[3]])
-def test_4_bit_products_of_many_rows_scale_the_weights(config, monkeypatch):
-    dtype = torch.float16
+def test_4_bit_products_of_many_rows_go_in_tiles(config, has_zero, dtype, monkeypatch):
     monkeypatch.setattr(int4_matmul, "config_for", lambda *arguments: config)
-    blocks, dense = int4_blocks(70, 256, 2, False)
-    blocks = blocks._replace(scale=blocks.scale.to(dtype))
-    x = normal(int4_matmul.MAX_PART_ROWS + 1, 256, dtype=dtype, seed=1)
+    blocks, dense = int4_blocks(70, 256, 2, has_zero)
+    x = normal(int4_matmul.TILE_ROWS + 3, 256, dtype=dtype, seed=1)
     expected = x.double() @ dense.double().t()
     assert difference(int4_matmul.int4_linear(x, blocks, False), expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("has_zero", [False, True])
-def test_4_bit_products_of_many_rows_in_float32_or_with_zeros_take_floats(has_zero, monkeypatch):
+def test_4_bit_products_of_more_rows_take_floats(monkeypatch):
     monkeypatch.setattr(int4_matmul, "int4_product", None)
-    blocks, dense = int4_blocks(24, 256, 2, has_zero)
-    x = normal(int4_matmul.MAX_PART_ROWS + 1, 256)
+    blocks, dense = int4_blocks(24, 256, 2, True)
+    x = normal(int4_matmul.MAX_ROWS + 1, 256)
     assert difference(int4_matmul.int4_linear(x, blocks, False), x @ dense.t()) < 2e-6
 
 

@@ -51,26 +51,11 @@ _NIBBLES_OF_WORDS = """{
 }"""
 
 
-# And those times the scales in $5
-_SCALED = (
-    _NIBBLES_OF_WORDS.removesuffix("}")
-    + """
-    mul.rn.TYPE $0, $0, $5;
-    mul.rn.TYPE $1, $1, $5;
-    mul.rn.TYPE $2, $2, $5;
-    mul.rn.TYPE $3, $3, $5;
-}"""
-)
-
-
 def _fill(text: str, exponent: str, offset: str, type_name: str) -> tl.constexpr:
     return tl.constexpr(text.replace("EXPONENT", exponent).replace("OFFSET", offset).replace("TYPE", type_name))
 
 
-_SCALED_TO_BFLOAT16 = _fill(_SCALED, "0x43004300", "0x43084308", "bf16x2")
-_SCALED_TO_FLOAT16 = _fill(_SCALED, "0x64006400", "0x64086408", "f16x2")
 _FOUR = tl.constexpr("=r,=r,=r,=r,r")
-_FOUR_OF_TWO = tl.constexpr("=r,=r,=r,=r,r,r")
 _BYTES_TO_BFLOAT16 = _fill(_NIBBLES_OF_BYTES, "0x43434343", "0x43084308", "bf16x2")
 _BYTES_TO_FLOAT16 = _fill(_NIBBLES_OF_BYTES, "0x64646464", "0x64086408", "f16x2")
 _WORDS_TO_BFLOAT16 = _fill(_NIBBLES_OF_WORDS, "0x43004300", "0x43084308", "bf16x2")
@@ -151,33 +136,6 @@ def unpack_nibbles(packed, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):
         )
     else:
         return _nibble(packed, 0, dtype), _nibble(packed, 4, dtype)
-
-
-@device_function
-def unpack_scaled(packed, scale, IS_COMPILED: tl.constexpr):
-    """As `unpack_nibbles` of words of 16 bits, times the scales of their rows, in the scales' type."""
-    packed, scale = tl.broadcast(packed, scale[:, None])
-    if IS_COMPILED and scale.dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            _SCALED_TO_BFLOAT16,
-            _FOUR_OF_TWO,
-            [packed, scale],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=2,
-        )
-    elif IS_COMPILED and scale.dtype == tl.float16:
-        return tl.inline_asm_elementwise(
-            _SCALED_TO_FLOAT16,
-            _FOUR_OF_TWO,
-            [packed, scale],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        first, second, third, fourth = unpack_nibbles(packed, scale.dtype, IS_COMPILED)
-        return first * scale, second * scale, third * scale, fourth * scale
 
 
 @device_function

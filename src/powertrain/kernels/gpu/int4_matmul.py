@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from powertrain.kernels.fused import silu_mul
-from powertrain.kernels.gpu.conversions import int4_floats, unpack_nibbles, unpack_scaled
+from powertrain.kernels.gpu.conversions import int4_floats, unpack_nibbles
 from powertrain.kernels.gpu.launch import LINE_BYTES, device_function, launch, lines_ahead, prefetch, wait_turn
 from powertrain.kernels.gpu.quantized import (
     MAX_GATED_ROWS,
@@ -34,9 +34,9 @@ from powertrain.kernels.quantized import Int4Blocks
 BLOCKS_AT_ONCE = tl.constexpr(32)
 """Whose scales one prefetch asks for."""
 
-MAX_PART_ROWS = 128
-"""With more rows a group's sums beside all sums do not fit in a program's registers: then the weights take the scale,
-and are rounded to the activations' type as in a matrix of floats."""
+TILE_ROWS = 128
+"""Of a program: for more a group's sums beside all sums do not fit in its registers. The tiles of more rows read the
+same weights at the same time, which come from the memory once."""
 
 
 @device_function
@@ -47,7 +47,6 @@ def _add_block(
     zero,
     inputs,
     HAS_ZERO: tl.constexpr,
-    SCALES_WEIGHTS: tl.constexpr,
     ROWS: tl.constexpr,
     SWAPS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -58,20 +57,14 @@ def _add_block(
     `inputs`: for each nibble of a word those that it multiplies, [rows, words].
     """
     packed = tl.load(values, eviction_policy="evict_first")
-    if SCALES_WEIGHTS:
-        weights = unpack_scaled(packed, scale, IS_COMPILED)
-        for nibble in tl.static_range(len(inputs)):
-            acc = add_product(weights[nibble], inputs[nibble], acc, SWAPS, PRECISION)
-        return acc
-    else:
-        weights = unpack_nibbles(packed, inputs[0].dtype, IS_COMPILED)
-        part = zero_sums(ROWS, packed.shape[0], SWAPS)
-        for nibble in tl.static_range(len(inputs)):
-            weight = weights[nibble]
-            if HAS_ZERO:
-                weight -= zero.to(weight.dtype)[:, None]
-            part = add_product(weight, inputs[nibble], part, SWAPS, PRECISION)
-        return acc + part * by_output(scale.to(tl.float32), SWAPS)
+    weights = unpack_nibbles(packed, inputs[0].dtype, IS_COMPILED)
+    part = zero_sums(ROWS, packed.shape[0], SWAPS)
+    for nibble in tl.static_range(len(inputs)):
+        weight = weights[nibble]
+        if HAS_ZERO:
+            weight -= zero.to(weight.dtype)[:, None]
+        part = add_product(weight, inputs[nibble], part, SWAPS, PRECISION)
+    return acc + part * by_output(scale.to(tl.float32), SWAPS)
 
 
 @device_function
@@ -128,7 +121,7 @@ def _int4_kernel(
     GROUP_BLOCKS: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     IS_WHOLE: tl.constexpr,
-    SCALES_WEIGHTS: tl.constexpr,
+    TILES: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     SWAPS: tl.constexpr,
@@ -138,8 +131,10 @@ def _int4_kernel(
     BLOCKS_AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    rows = tl.arange(0, ROWS)
+    # the tiles of the same outputs follow each other
+    begin = tl.program_id(0) // TILES * OUTPUTS
+    columns = begin + tl.arange(0, OUTPUTS)
+    rows = tl.program_id(0) % TILES * ROWS + tl.arange(0, ROWS)
     word = tl.arange(0, WORDS)
     turns = tl.cdiv(num_blocks, tl.num_programs(1))
     first = tl.program_id(1) * turns
@@ -152,7 +147,7 @@ def _int4_kernel(
     if BLOCKS_AHEAD > 0:
         # the weights are older than any kernel under way: the first can come while it still runs
         line: tl.constexpr = LINE_BYTES // (values.dtype.element_ty.primitive_bitwidth // 8)
-        begin = tl.minimum(tl.program_id(0) * OUTPUTS, out_features - OUTPUTS)
+        begin = tl.minimum(begin, out_features - OUTPUTS)
         _prefetch_scales(scale + begin, first, end, all_outputs, GROUP_BLOCKS, OUTPUTS)
         if GATED:
             _prefetch_scales(scale + begin + out_features, first, end, all_outputs, GROUP_BLOCKS, OUTPUTS)
@@ -183,16 +178,12 @@ def _int4_kernel(
         next_scales, next_zeros = _of_group(scale, zero, at, HAS_ZERO)
         packed = own + word[None, :] + block * stride
         inputs = _load_inputs(x_at + block * (NIBBLES * WORDS), is_row, WORDS, NIBBLES)
-        acc = _add_block(
-            acc, packed, scales, zeros, inputs, HAS_ZERO, SCALES_WEIGHTS, ROWS, SWAPS, PRECISION, IS_COMPILED
-        )
+        acc = _add_block(acc, packed, scales, zeros, inputs, HAS_ZERO, ROWS, SWAPS, PRECISION, IS_COMPILED)
         scales, zeros = next_scales, next_zeros
         if GATED:
             next_scales, next_zeros = _of_group(scale, zero, at + out_features, HAS_ZERO)
             packed += out_features * WORDS
-            up = _add_block(
-                up, packed, up_scales, up_zeros, inputs, HAS_ZERO, SCALES_WEIGHTS, ROWS, SWAPS, PRECISION, IS_COMPILED
-            )
+            up = _add_block(up, packed, up_scales, up_zeros, inputs, HAS_ZERO, ROWS, SWAPS, PRECISION, IS_COMPILED)
             up_scales, up_zeros = next_scales, next_zeros
     if GATED:
         acc = gate_sums(acc, up, x.dtype.element_ty)
@@ -204,17 +195,12 @@ def int4_linear(x: torch.Tensor, weight: Int4Blocks, is_gated: bool, keeps_piece
     num_rows = x.shape[0]
     if is_gated and num_rows > MAX_GATED_ROWS:
         return silu_mul(int4_linear(x, weight, False))
-    if num_rows > (MAX_ROWS if _can_scale_weights(x, weight) else MAX_PART_ROWS):
+    if num_rows > MAX_ROWS:
         return torch.nn.functional.linear(x, int4_floats(weight, x.dtype))
     num_blocks, all_outputs, _ = weight.values.shape
     out_features = all_outputs // 2 if is_gated else all_outputs
-    config = config_for("int4", x, out_features, num_blocks, is_gated)
+    config = config_for("int4", x[:TILE_ROWS], out_features, num_blocks, is_gated)
     return int4_product(x, weight, config, is_gated, keeps_pieces)
-
-
-def _can_scale_weights(x: torch.Tensor, weight: Int4Blocks) -> bool:
-    is_half = x.element_size() == 2  # a float32 tile of so many rows has no room in shared memory
-    return is_half and weight.scale.dtype == x.dtype and weight.zero is None and weight.nibbles == 4
 
 
 def int4_product(
@@ -222,14 +208,15 @@ def int4_product(
 ) -> torch.Tensor:
     """x [rows <= 256, in] times the transposed matrix; `is_gated` as in `gated_linear`, in one split.
 
-    Above `MAX_PART_ROWS` rows the scales are of x's type, and there are no zeros. `keeps_pieces`: the result of several
-    splits is float32 [splits, rows, out], which are still to be summed.
+    `keeps_pieces`: the result of several splits is float32 [splits, rows, out], which are still to be summed.
     """
     num_rows = x.shape[0]
     num_blocks, all_outputs, words = weight.values.shape
     out_features = all_outputs // 2 if is_gated else all_outputs
     out, target = result_and_target(x, out_features, config.splits)
-    grid = (triton.cdiv(out_features, config.outputs), config.splits)
+    options = shared_options(x[:TILE_ROWS], config)
+    tiles = triton.cdiv(num_rows, TILE_ROWS)
+    grid = (tiles * triton.cdiv(out_features, config.outputs), config.splits)
     # a program's words of a block lie in a row; where it has fewer outputs than that it asks for none
     lines = lines_ahead(config.outputs * (2 if is_gated else 1), x.device) if out_features >= config.outputs else 0
     launch(_int4_kernel, grid)(
@@ -247,10 +234,10 @@ def int4_product(
         GROUP_BLOCKS=num_blocks // weight.scale.shape[0],
         HAS_ZERO=weight.zero is not None,
         IS_WHOLE=out_features % config.outputs == 0,
-        SCALES_WEIGHTS=num_rows > MAX_PART_ROWS,
+        TILES=tiles,
         OUTPUTS=config.outputs,
         GATED=is_gated,
         BLOCKS_AHEAD=lines * LINE_BYTES.value // (words * weight.values.element_size()),
-        **shared_options(x, config),
+        **options,
     )
     return target if config.splits == 1 or keeps_pieces else sum_splits(target, out)

@@ -264,8 +264,7 @@ def config_for(product: str, x: torch.Tensor, out_features: int, turns: int, is_
         if found is not None:
             return QuantizedConfig(*(found[field] for field in QuantizedConfig._fields))
     if num_rows > 128:
-        # a block of 4-bit weights' inputs is twice a turn of bytes'
-        outputs, warps, stages = 128, 8, 2 if product == "int4" else 3
+        outputs, warps, stages = 128, 8, 3
     elif num_rows > 32:
         outputs, warps, stages = 64, 4, 5 if num_rows <= 64 else 4
     else:

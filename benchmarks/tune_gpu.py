@@ -27,6 +27,7 @@ from powertrain.kernels.gpu import conversions, fused, int4_matmul, matmul, quan
 from powertrain.kernels.gpu.matmul import SkinnyConfig
 from powertrain.kernels.gpu.quantized import QuantizedConfig
 from powertrain.kernels.gpu.rounded_matmul import RoundedConfig
+from powertrain.kernels.gpu.row_matmul import RowConfig, row_int4_product, row_product
 from powertrain.kernels.model_cases import MODEL_SHAPES
 from powertrain.kernels.quantized import MAX_UNROUNDED_ROWS, Int4Blocks
 
@@ -36,7 +37,9 @@ CACHE_BYTES = 512 * 2**20
 PROGRAMS = (96, 1100)
 """Of a product with several splits."""
 ROUNDED = ("fp8 rounded", "int8 rounded")
-PRODUCTS = ("dense_linear", "tile", "int4", "fp8", "fp8 blocks", "int8", *ROUNDED)
+OF_ROW = ("row dense_linear", "row int4", "row fp8", "row int8")
+"""Products of a single row, kept where they are faster than those of few rows: `--rows 1`."""
+PRODUCTS = ("dense_linear", "tile", "int4", "fp8", "fp8 blocks", "int8", *ROUNDED, *OF_ROW)
 ROUNDED_LAYOUTS = (
     RoundedConfig(256, 64, 2, 128, 1, True, 8, 3),
     RoundedConfig(256, 64, 2, 128, 1, True, 8, 4),
@@ -62,7 +65,7 @@ ROUNDED_LAYOUTS = (
 """What registers hold with either type, but for a few words of some with splits, which come with the shape."""
 ROUNDED_PROGRAMS = (64, 400)
 """Of a product with several splits."""
-Config = SkinnyConfig | QuantizedConfig | RoundedConfig
+Config = SkinnyConfig | QuantizedConfig | RoundedConfig | RowConfig
 Call = Callable[[int], torch.Tensor]
 Weight = tuple[torch.Tensor, Any]
 """A matrix and its scales, if it has any."""
@@ -85,8 +88,13 @@ class Problem(NamedTuple):
     def matrix_rows(self) -> int:
         return self.out_features * (2 if self.is_gated else 1)
 
+    @property
+    def kind(self) -> str:
+        """The product, whatever its rows."""
+        return self.product.removeprefix("row ")
+
     def weight_bytes(self) -> float:
-        element = {"dense_linear": 2.0, "tile": 2.0, "int4": 0.5}.get(self.product, 1.0)
+        element = {"dense_linear": 2.0, "tile": 2.0, "int4": 0.5}.get(self.kind, 1.0)
         return self.matrix_rows * self.in_features * element
 
 
@@ -101,7 +109,9 @@ def problems(shape: str, products: list[str], rows: list[int]) -> list[Problem]:
     ]
     made = []
     for product, count in itertools.product(products, rows):
-        is_dense = product in ("dense_linear", "tile")
+        is_dense = product in ("dense_linear", "tile", "row dense_linear")
+        if (product in OF_ROW) != (count == 1):
+            continue
         if product == "dense_linear" and count > quantized.MAX_GATED_ROWS:
             continue
         if product == "int4" and count > int4_matmul.TILE_ROWS:
@@ -122,6 +132,9 @@ def candidates(problem: Problem) -> Iterator[Config]:
     """Settings worth a try, of those that a program's registers and shared memory hold."""
     if problem.product in ROUNDED:
         yield from rounded_candidates(problem)
+        return
+    if problem.product in OF_ROW:
+        yield from row_candidates(problem)
         return
     if problem.product == "dense_linear":
         for outputs, inputs, splits, stages in itertools.product((16, 32, 64), (128, 256), (1, 2, 4), (3, 4, 5)):
@@ -145,6 +158,15 @@ def candidates(problem: Problem) -> Iterator[Config]:
             yield QuantizedConfig(outputs, splits, swaps, warps, count)
 
 
+def row_candidates(problem: Problem) -> Iterator[RowConfig]:
+    """Fewer loads of x than threads: those come in the weights' layout, without a way through shared memory."""
+    of_load = {"dense_linear": 2, "int4": 8}.get(problem.kind, 4)
+    for outputs, inputs, warps in itertools.product((4, 8, 16, 32, 64), (128, 256, 512), (2, 4, 8)):
+        of_thread = outputs * inputs / of_load / (32 * warps)
+        if inputs // of_load < 32 * warps and 4 <= of_thread <= 32:
+            yield RowConfig(outputs, inputs, warps)
+
+
 def rounded_candidates(problem: Problem) -> Iterator[RoundedConfig]:
     """The layouts that fit the rows, with splits where there would be few programs."""
     for layout, splits in itertools.product(ROUNDED_LAYOUTS, (1, 2, 4)):
@@ -165,13 +187,13 @@ def operands(problem: Problem, device: torch.device, copies: int) -> list[Weight
     for _ in range(copies):
         if problem.product in ROUNDED:
             made.append(rounded(out, inner, problem, generator))
-        elif problem.product in ("dense_linear", "tile"):
+        elif problem.kind in ("dense_linear", "tile"):
             made.append((torch.randn(out, inner, device=device, generator=generator).to(_dtype(device)), None))
-        elif problem.product == "int4":
+        elif problem.kind == "int4":
             packed = torch.randint(-(2**15), 2**15, (inner // 128, out, 32), dtype=torch.int16, device=device)
             made.append((packed, torch.rand(inner // 128, out, device=device).to(_dtype(device))))
         else:
-            kind = torch.int8 if problem.product == "int8" else torch.float8_e4m3fn
+            kind = torch.int8 if problem.kind == "int8" else torch.float8_e4m3fn
             scales = (-(-out // 128), inner // 128) if problem.product == "fp8 blocks" else (out,)
             values = (torch.randn(out, inner, device=device, generator=generator) * 20).to(kind)
             made.append((values, torch.rand(scales, device=device)))
@@ -183,12 +205,19 @@ def _dtype(device: torch.device) -> torch.dtype:
 
 
 def caller(problem: Problem, config: Config | None, weights: list[Weight]) -> Call:
-    """Multiplies by one of the matrices; without a config as a dense product runs without a tile."""
+    """Multiplies by one of the matrices; without a config as a dense product runs without a tile, a row among few."""
     if problem.product in ROUNDED:
         assert config is None or isinstance(config, RoundedConfig)
         return rounded_caller(problem, config, weights)
     device = weights[0][0].device
     x = torch.randn(problem.rows, problem.in_features, device=device).to(_dtype(device))
+    if isinstance(config, RowConfig) and problem.kind == "int4":
+        return lambda at: row_int4_product(x, Int4Blocks(*weights[at], None), config, problem.is_gated)
+    if isinstance(config, RowConfig):
+        return lambda at: row_product(x, *weights[at], config, problem.is_gated)
+    if config is None and problem.kind not in ("dense_linear", "tile"):
+        turns = problem.in_features // 128
+        config = quantized.config_for(problem.kind, x, problem.out_features, turns, problem.is_gated)
     if config is None and problem.rows > matmul.MAX_SKINNY_ROWS:
         linear, silu_mul = torch.nn.functional.linear, fused.silu_mul
         return lambda at: silu_mul(linear(x, weights[at][0])) if problem.is_gated else linear(x, weights[at][0])
@@ -199,7 +228,7 @@ def caller(problem: Problem, config: Config | None, weights: list[Weight]) -> Ca
             x, weights[at][0], config, gated=problem.is_gated, keeps_pieces=problem.keeps_pieces
         )
     how = (config, problem.is_gated, problem.keeps_pieces)
-    if problem.product == "int4":
+    if problem.kind == "int4":
         return lambda at: int4_matmul.int4_product(x, Int4Blocks(*weights[at], None), *how)
     return lambda at: quantized.matrix_product(x, *weights[at], *how)
 
@@ -288,7 +317,7 @@ def best(problem: Problem, device: torch.device) -> tuple[dict[str, Any] | None,
     weights = operands(problem, device, copies)
     found: list[tuple[float, Config | None]] = []
     tried: list[Config | None] = [*candidates(problem)]
-    if problem.product == "tile" or problem.product in ROUNDED:
+    if problem.product in ("tile", *ROUNDED, *OF_ROW):
         tried.append(None)
     for config in tried:
         try:

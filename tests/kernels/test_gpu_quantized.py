@@ -88,13 +88,6 @@ def test_4_bit_products_of_many_rows_go_in_tiles(config, has_zero, dtype, monkey
     assert difference(int4_matmul.int4_linear(x, blocks, False), expected) < TOLERANCE[dtype]
 
 
-def test_4_bit_products_of_more_rows_take_floats(monkeypatch):
-    monkeypatch.setattr(int4_matmul, "int4_product", None)
-    blocks, dense = int4_blocks(24, 256, 2, True)
-    x = normal(int4_matmul.MAX_ROWS + 1, 256)
-    assert difference(int4_matmul.int4_linear(x, blocks, False), x @ dense.t()) < 2e-6
-
-
 @each_dtype
 @pytest.mark.parametrize("swaps", [False, True])
 def test_4_bit_products_gate_as_the_reference_does(swaps, dtype, monkeypatch):

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from powertrain.kernels.gpu import matmul, quantized, tuned_table
+from powertrain.kernels.gpu import matmul, quantized, row_matmul, tuned_table
 from powertrain.kernels.matmul import dense_linear
 from powertrain.kernels.model_cases import MODEL_SHAPES, ModelShape
 
@@ -34,11 +34,12 @@ def tune() -> ModuleType:
 def test_every_shipped_entry_has_the_settings_of_its_kernel(file: Path, tmp_path: Path) -> None:
     table = tuned_table.read(file)
     for product, entries in table.items():
-        kernel = matmul.SkinnyConfig if product.startswith("dense_linear") else quantized.QuantizedConfig
+        dense = matmul.SkinnyConfig if product.startswith("dense_linear") else quantized.QuantizedConfig
+        kernel = row_matmul.RowConfig if product.startswith("row ") else dense
         for (_, _, rows, is_gated), entry in entries.items():
             assert set(kernel._fields) <= set(entry)
-            assert rows in tuned_table.ROWS
-            assert not (is_gated and entry["splits"] > 1)
+            assert rows in ((1,) if product.startswith("row ") else tuned_table.ROWS)
+            assert not (is_gated and entry.get("splits", 1) > 1)
     tuned_table.write(tmp_path / "again.json", table)
     assert tuned_table.read(tmp_path / "again.json") == table
 
@@ -80,7 +81,7 @@ def test_the_tool_measures_every_product_and_keeps_what_it_does_not(
     kept |= {"num_warps": 2, "num_stages": 5}
     tuned_table.write(tmp_path / "cpu.json", {"int4 bfloat16": {(7, 8, 16, False): kept}})
     monkeypatch.setattr(
-        sys, "argv", ["tune_gpu", "--shape", "tiny", "--device", "cpu", "--rows", "16,128", "--processes", "1"]
+        sys, "argv", ["tune_gpu", "--shape", "tiny", "--device", "cpu", "--rows", "1,16,128", "--processes", "1"]
     )
     tune.main()
     table = tuned_table.read(tmp_path / "cpu.json")

@@ -28,6 +28,7 @@ from powertrain.kernels.gpu.quantized import (
     store_sums,
     zero_sums,
 )
+from powertrain.kernels.gpu.row_matmul import row_config, row_int4_product
 from powertrain.kernels.gpu.splits import sum_splits
 from powertrain.kernels.quantized import Int4Blocks
 
@@ -199,6 +200,9 @@ def int4_linear(x: torch.Tensor, weight: Int4Blocks, is_gated: bool, keeps_piece
         return torch.nn.functional.linear(x, int4_floats(weight, x.dtype))
     num_blocks, all_outputs, _ = weight.values.shape
     out_features = all_outputs // 2 if is_gated else all_outputs
+    alone = row_config("row int4", x, out_features, is_gated) if weight.nibbles == 4 else None
+    if alone is not None:
+        return row_int4_product(x, weight, alone, is_gated)
     config = config_for("int4", x[:TILE_ROWS], out_features, num_blocks, is_gated)
     return int4_product(x, weight, config, is_gated, keeps_pieces)
 

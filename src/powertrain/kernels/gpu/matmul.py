@@ -11,6 +11,7 @@ import triton.language as tl
 from powertrain.kernels.fused import silu_mul
 from powertrain.kernels.gpu.launch import launch, launch_options, lines_ahead, prefetch_rows, wait_turn
 from powertrain.kernels.gpu.quantized import matrix_product, tile_config
+from powertrain.kernels.gpu.row_matmul import row_config, row_product
 from powertrain.kernels.gpu.splits import sum_splits
 from powertrain.kernels.gpu.tuned_table import measured
 from powertrain.kernels.matmul import MAX_SKINNY_ROWS
@@ -92,6 +93,9 @@ def _skinny_kernel(
 
 def dense_linear(x: torch.Tensor, weight: torch.Tensor, keeps_pieces: bool = False) -> torch.Tensor:
     """`kernels.matmul.dense_linear` for at most `MAX_SKINNY_ROWS` rows, or more where settings were measured."""
+    alone = row_config("row dense_linear", x, weight.shape[0], False)
+    if alone is not None:
+        return row_product(x, weight, None, alone)
     tile = tile_config(x, weight.shape[0], is_gated=False)
     if tile is not None:
         return matrix_product(x, weight, None, tile, keeps_pieces=keeps_pieces)
@@ -100,6 +104,9 @@ def dense_linear(x: torch.Tensor, weight: torch.Tensor, keeps_pieces: bool = Fal
 
 def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`kernels.matmul.gated_linear` for at most `MAX_SKINNY_ROWS` rows, or more where settings were measured."""
+    alone = row_config("row dense_linear", x, weight.shape[0] // 2, True)
+    if alone is not None:
+        return row_product(x, weight, None, alone, True)
     tile = tile_config(x, weight.shape[0] // 2, is_gated=True)
     if tile is not None:
         return matrix_product(x, weight, None, tile, True)

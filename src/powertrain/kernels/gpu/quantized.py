@@ -15,6 +15,7 @@ from powertrain.kernels.fused import silu_mul
 from powertrain.kernels.gpu.conversions import byte_floats, quantize_rows, widen_bytes
 from powertrain.kernels.gpu.launch import device_function, launch, launch_options, lines_ahead, prefetch_rows, wait_turn
 from powertrain.kernels.gpu.rounded_matmul import rounded_linear
+from powertrain.kernels.gpu.row_matmul import row_config, row_product
 from powertrain.kernels.gpu.splits import sum_splits
 from powertrain.kernels.gpu.tuned_table import measured
 from powertrain.kernels.quantized import FLOAT8_BLOCK, MAX_UNROUNDED_ROWS
@@ -213,6 +214,9 @@ def byte_linear(
         return torch.nn.functional.linear(x, byte_floats(values, scale, x.dtype))
     out_features = values.shape[0] // 2 if is_gated else values.shape[0]
     product = "int8" if values.dtype == torch.int8 else "fp8 blocks" if scale.ndim == 2 else "fp8"
+    alone = row_config(f"row {product}", x, out_features, is_gated) if scale.ndim == 1 else None
+    if alone is not None:
+        return row_product(x, values, scale, alone, is_gated)
     config = config_for(product, x, out_features, -(-in_features // FLOAT8_BLOCK), is_gated)
     return matrix_product(x, values, scale, config, is_gated, keeps_pieces)
 

@@ -37,6 +37,15 @@ def measured(
     return of_device(device).get(product, {}).get((out_features, in_features, rows, is_gated))
 
 
+def measured_of_one_row(
+    product: str, device: torch.device, out_features: int, in_features: int, is_gated: bool
+) -> dict[str, Any] | None:
+    """As `measured`, of products that take a single row: their entries are for that alone."""
+    if device.type != "cuda":
+        return None
+    return of_device(device).get(product, {}).get((out_features, in_features, 1, is_gated))
+
+
 @cache
 def of_device(device: torch.device) -> dict[str, dict[Key, dict[str, Any]]]:
     file = FOLDER / file_name(device)

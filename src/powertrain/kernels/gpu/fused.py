@@ -84,6 +84,7 @@ def _norm(
     out = torch.empty(x.shape, dtype=to or x.dtype, device=x.device)
     scale = weight if to is None else torch.empty(x.numel() // width, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)
+    deltas = 0 if delta is None else delta.shape[0] if delta.ndim > x.ndim else 1
     grid = (x.numel() // width,)
     launch(_add_rms_norm_kernel, grid)(
         x,
@@ -94,10 +95,11 @@ def _norm(
         x.numel(),
         eps,
         scale,
-        DELTAS=0 if delta is None else delta.shape[0] if delta.ndim > x.ndim else 1,
+        DELTAS=deltas,
         LIMIT=0.0 if to is None else limit_of(to),
         BLOCK=block,
-        num_warps=_num_warps(block),
+        # a thread has few loads on their way at a time: for many pieces there are more threads
+        num_warps=_num_warps(block) if deltas < 4 else min(32, max(1, block // 128)),
         **launch_options(x, is_late=is_late),
     )
     return out, scale

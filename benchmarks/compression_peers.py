@@ -42,7 +42,7 @@ from powertrain.compress.manifest import weights_sha256
 from powertrain.config import cache_dir, physical_cores
 from powertrain.measure import record
 from powertrain.measure.evaluate import Reference
-from powertrain.measure.scoring import read_model
+from powertrain.measure.scoring import Model, read_model
 from powertrain.text_data import encode_texts, read_texts
 from powertrain.types import PowertrainError
 
@@ -64,7 +64,7 @@ def main() -> None:
         seeds = [int(part) for part in given.seeds.split(",")]
         sets = {seed: _calibration(given, source, seed) for seed in seeds}
         reference = Reference(
-            read_model(source, device="cpu", dtype="float32"),
+            _judged(given, source, dtype="float32"),
             data=given.data,
             num_tokens=given.num_tokens,
             window=given.window,
@@ -97,6 +97,7 @@ def _arguments() -> argparse.Namespace:
     arguments.add_argument("--window", type=int, default=512)
     arguments.add_argument("--iterations", type=int, default=200, help="of AutoRound, theirs and ours, in a row's name")
     arguments.add_argument("--threads", type=int, default=physical_cores())
+    arguments.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where all quantize and are judged")
     arguments.add_argument("--seeds", default="0", help="of the calibration windows")
     arguments.add_argument("--only", default="*", help="names of rows, commas between; `*` stands for anything")
     return arguments.parse_args()
@@ -114,11 +115,14 @@ def _pythons(given: argparse.Namespace) -> dict[str, Path]:
 
 def _settings(given: argparse.Namespace) -> dict[str, Any]:
     """What the rows of one record have in common."""
+    config = {key: getattr(given, key) for key in ("num_samples", "length", "num_tokens", "window", "threads")}
+    if given.device != "cpu":
+        config["device"] = given.device
     return {
         "model": Path(given.model).name,
         "data": given.data.name,
         "calibration": [path.name for path in given.calibration],
-        "config": {key: getattr(given, key) for key in ("num_samples", "length", "num_tokens", "window", "threads")},
+        "config": config,
     }
 
 
@@ -153,16 +157,24 @@ def _measure(
             "out": str(folder / "out"),
             "calibration": str(folder / "ids.npy"),
         }
-        job |= {"scheme": SCHEMES[row.scheme], "method": row.options, "seed": seed, "threads": given.threads}
+        job |= {"scheme": SCHEMES[row.scheme], "method": row.options, "seed": seed}
+        job |= {"threads": given.threads, "device": given.device}
         try:
             found |= ask(python, WORKERS[row.tool], job, folder)
         except RuntimeError as error:
             return {**found, "error": str(error)}
         try:
-            judged = reference.compare(read_model(folder / "out", device="cpu")).to_dict()
+            judged = reference.compare(_judged(given, folder / "out")).to_dict()
         except PowertrainError as error:
             return {**found, "error": f"not readable here: {error}"}
     return {**found, **{key: judged[key] for key in SHOWN}}
+
+
+def _judged(given: argparse.Namespace, model: Path, dtype: str = "auto") -> Model:
+    """A model as it is judged: on a GPU in float32, on a CPU as the engine would serve it."""
+    if given.device == "cuda":
+        return read_model(model, device="cuda", dtype="float32", kernels="reference")
+    return read_model(model, device="cpu", dtype=dtype)
 
 
 def _show(row: dict[str, Any]) -> None:

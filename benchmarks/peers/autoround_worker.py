@@ -35,7 +35,7 @@ def quantize(job: Job) -> dict[str, Any]:
         "seed": job["seed"],
         "amp": False,
         "scale_dtype": "fp32",
-        "device_map": "cpu",
+        "device_map": job["device"],
     }
     started = time.perf_counter()
     tool = AutoRound(model, tokenizer, dataset=batches(ids, method["batch_size"]), **settings)

@@ -32,7 +32,7 @@ def quantize(job: Job) -> dict[str, Any]:
     if not torch.accelerator.is_available():
         # AWQ pins its activations for quicker copies to a GPU, which torch refuses where there is none
         IntermediatesCache.pin_memory = lambda *_: None
-    model = AutoModelForCausalLM.from_pretrained(job["source"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(job["source"], dtype=torch.float32).to(job["device"])
     tokenizer = AutoTokenizer.from_pretrained(job["source"])
     modifiers = recipe(job["scheme"], job["method"])
     settings = str(modifiers)

@@ -23,7 +23,7 @@ def quantize(job: Job) -> dict[str, Any]:
         job["out"],
         {"steps": steps},
         dtype="float32",
-        device="cpu",
+        device=job["device"],
         calibration=windows.tolist(),
         num_samples=len(windows),
         length=windows.shape[1],

@@ -3,7 +3,8 @@
 A job says what to do in words that belong to no tool: `scheme` (`num_bits`, `group_size` or null for one group a row,
 `activation_bits` or null), `method` (`transform`: null, awq or smoothquant; `round`: rtn, gptq or autoround;
 `observer`: how ranges are chosen; what else the rounding takes), folders `source` and `out`, `calibration` (.npy of
-token ids, int64 [samples, tokens]), `seed` and `threads`. Weights that stay floats and all scales are float32.
+token ids, int64 [samples, tokens]), `seed`, `threads` and `device` (cpu or cuda). Weights that stay floats and all
+scales are float32.
 """
 
 from __future__ import annotations

@@ -134,6 +134,7 @@ def _decode_kernel(
     piece_of,
     partial,
     stats,
+    out,
     num_seqs,
     table_width,
     query_stride,
@@ -199,10 +200,17 @@ def _decode_kernel(
                 PRECISION,
                 IS_COMPILED,
             )
-        row = (item * NUM_KV_HEADS + head) * GROUP + rows
-        tl.store(partial + row[:, None] * DIM + columns[None, :], joined(acc, IS_SCALED), mask)
-        tl.store(stats + row * 2, largest, in_group)
-        tl.store(stats + row * 2 + 1, total, in_group)
+        acc = joined(acc, IS_SCALED)
+        if context <= length:
+            # in one piece: there is nothing to merge it with
+            own = (sequence.to(tl.int64) * NUM_KV_HEADS + head) * GROUP + rows
+            result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+            tl.store(out + own[:, None] * DIM + columns[None, :], result.to(out.dtype.element_ty), mask)
+        else:
+            row = (item * NUM_KV_HEADS + head) * GROUP + rows
+            tl.store(partial + row[:, None] * DIM + columns[None, :], acc, mask)
+            tl.store(stats + row * 2, largest, in_group)
+            tl.store(stats + row * 2 + 1, total, in_group)
 
 
 @triton.jit(do_not_specialize_on_alignment=["starts"])
@@ -223,9 +231,10 @@ def _merge_kernel(
     largest = float("-inf")
     total = 0.0
     acc = tl.zeros((DIM_BLOCK,), tl.float32)
-    end = tl.load(starts + sequence + 1)
-    # several at once, whose loads do not wait for each other
-    for first in range(tl.load(starts + sequence), end, PIECES):
+    begin, end = tl.load(starts + sequence), tl.load(starts + sequence + 1)
+    is_whole = end - begin == 1
+    # several at once, whose loads do not wait for each other; none where one piece is all, which is in place
+    for first in range(begin, begin if is_whole else end, PIECES):
         item = first + tl.arange(0, PIECES)
         row = item * NUM_HEADS + head
         tops = tl.load(stats + row * 2, item < end, other=float("-inf"))
@@ -239,7 +248,8 @@ def _merge_kernel(
         total = total * keep + tl.sum(sums * add, 0)
         largest = new
     to = out + (sequence.to(tl.int64) * NUM_HEADS + head) * DIM + columns
-    tl.store(to, (acc / tl.where(total > 0.0, total, 1.0)).to(out.dtype.element_ty), columns < DIM)
+    result = acc / tl.where(total > 0.0, total, 1.0)
+    tl.store(to, result.to(out.dtype.element_ty), (columns < DIM) & (end - begin != 1))
 
 
 def decode_attention(
@@ -272,6 +282,7 @@ def decode_attention(
         split.piece_of,
         partial,
         stats,
+        out,
         num_seqs,
         block_tables.stride(0),
         query.stride(0),

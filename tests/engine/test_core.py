@@ -320,6 +320,9 @@ def test_graphs_that_do_not_fit_name_the_setting(models, monkeypatch):
         def can_launch(plan):
             return False
 
+        def compile(self):
+            pass
+
         def capture(self):
             try:
                 run_out()

@@ -114,7 +114,8 @@ class Engine:
         sampling = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
         length = min(8, self.info.max_model_len - 1)
         if isinstance(self.runner, GpuRunner):
-            self.runner.compile()
+            with must_fit(*GRAPHS):
+                self.runner.compile()
         self.add(Request(request_id="warm-up", prompt_token_ids=(0,) * max(1, length), sampling=sampling))
         with recorded_choices() as choices:
             while self.has_work():

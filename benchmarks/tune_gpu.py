@@ -119,7 +119,7 @@ def problems(shape: str, products: list[str], rows: list[int]) -> list[Problem]:
         if product in ROUNDED and count <= MAX_UNROUNDED_ROWS:
             continue
         gates = count <= quantized.MAX_GATED_ROWS
-        made += [Problem(product, out, inner, count, False, out == own.hidden_size) for out, inner in plain]
+        made += [Problem(product, out, inner, count, False, True) for out, inner in plain]
         made.append(Problem(product, own.intermediate_size * (1 if gates else 2), own.hidden_size, count, gates))
         if product in ("tile", *ROUNDED):
             made.append(Problem(product, own.intermediate_size, own.hidden_size, count, True))

@@ -106,6 +106,16 @@ def test_rotation_and_cache_write(heads, kv_heads, dim, is_by_head, has_norms, d
     expected = rotate_and_write.reference(qkv.clone(), rope, norms, 1e-5, caches[1], step)
     assert difference(out, expected) < TOLERANCE[dtype]
     assert difference(caches[0], caches[1]) < TOLERANCE[dtype]
+    # what a product has left in pieces gives the bits of their sum, rounded to the tables' type
+    pieces = torch.stack([qkv.float() * share for share in (0.25, 0.5, 0.25)])
+    whole = (pieces[0] + pieces[1] + pieces[2]).to(dtype)
+    found = [
+        gpu_fused.rotate_and_write(each.clone(), rope, norms, 1e-5, caches[0].zero_(), step) for each in (whole, pieces)
+    ]
+    assert torch.equal(*found)
+    of_pieces = rotate_and_write.reference(pieces, rope, norms, 1e-5, caches[1].zero_(), step)
+    assert difference(found[1], of_pieces) < TOLERANCE[dtype]
+    assert difference(caches[0], caches[1]) < TOLERANCE[dtype]
 
 
 def laid_by_head(cache):

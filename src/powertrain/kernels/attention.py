@@ -218,11 +218,14 @@ def _rotate_and_write(
     cache: LayerCache,
     step: AttentionStep,
 ) -> torch.Tensor:
-    """Norm and rotate queries and keys in place, store keys and values, return the queries [tokens, heads, d].
+    """Norm and rotate queries and keys, maybe in place, store keys and values, return the queries [tokens, heads, d].
 
-    qkv: [tokens, heads + 2 * kv_heads, d]: queries, keys, values; `rope` as `apply_rope` takes it; `norms`: weights [d]
+    qkv: [tokens, heads + 2 * kv_heads, d]: queries, keys, values; or float32 [pieces, tokens, ...], a product left in
+    pieces: then their sum, rounded to the tables' dtype. `rope` as `apply_rope` takes it; `norms`: weights [d]
     of the queries' and the keys' RMSNorm (Qwen3), or None; cache and step as in `write_kv`.
     """
+    if qkv.ndim == 4:
+        qkv = qkv.sum(0).to(rope[0].dtype)
     num_kv_heads = entries(cache).shape[2] // 2
     num_heads = qkv.shape[1] - 2 * num_kv_heads
     query_key = qkv[:, : num_heads + num_kv_heads]

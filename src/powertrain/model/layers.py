@@ -30,7 +30,7 @@ class Linear:
         return out if self.bias is None else out + self.bias
 
     def in_pieces(self, x: torch.Tensor | Rounded) -> torch.Tensor:
-        """As a call, or float32 [pieces, tokens, out] whose sum that is, for `RMSNorm.after`."""
+        """As a call, or float32 [pieces, tokens, out] whose sum that is, for what sums them on its way."""
         weight = self.formats[0] if self.bias is None and len(self.formats) == 1 else None
         if isinstance(x, Rounded):
             return weight.matmul_rounded(x, True) if isinstance(weight, RoundedFormat) else self(x)
@@ -154,7 +154,8 @@ class Attention:
         cache: LayerCache,
         step: AttentionStep,
     ) -> torch.Tensor:
-        qkv = self.qkv(x).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+        qkv = self.qkv.in_pieces(x)
+        qkv = qkv.view(*qkv.shape[:-1], self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         norms, eps = None, 0.0
         if self.query_norm is not None and self.key_norm is not None:
             norms, eps = (self.query_norm.weight, self.key_norm.weight), self.query_norm.eps

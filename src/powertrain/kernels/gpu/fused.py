@@ -173,9 +173,10 @@ HEADS_AT_ONCE = 8
 """Of a token: a program for each would take its place and go in less time than the next needs to come."""
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots"])
+@triton.jit(do_not_specialize=["piece_stride"], do_not_specialize_on_alignment=["slots"])
 def _norm_rope_write_kernel(
     qkv,
+    out,
     cos,
     sin,
     query_norm,
@@ -183,7 +184,10 @@ def _norm_rope_write_kernel(
     cache,
     scales,
     slots,
+    piece_stride,
     eps,
+    PIECES: tl.constexpr,
+    OUT_HEADS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -201,10 +205,16 @@ def _norm_rope_write_kernel(
     columns = tl.arange(0, HALF_BLOCK)
     inside = (heads < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None] & (columns < half)[None, :]
     at = qkv + (token * (NUM_HEADS + 2 * NUM_KV_HEADS) + heads[:, None]) * DIM + columns[None, :]
-    first = tl.load(at, inside, other=0.0)
-    second = tl.load(at + half, inside, other=0.0)
-    dtype = first.dtype
-    low, high = first.to(tl.float32), second.to(tl.float32)
+    dtype: tl.constexpr = cos.dtype.element_ty
+    low = tl.load(at, inside, other=0.0).to(tl.float32)
+    high = tl.load(at + half, inside, other=0.0).to(tl.float32)
+    for _ in tl.static_range(1, PIECES):
+        at += piece_stride
+        low += tl.load(at, inside, other=0.0)
+        high += tl.load(at + half, inside, other=0.0)
+    if PIECES > 1:
+        # rounded where the product is, were it whole
+        low, high = low.to(dtype).to(tl.float32), high.to(dtype).to(tl.float32)
     is_query, is_value = heads < NUM_HEADS, heads >= NUM_HEADS + NUM_KV_HEADS
     turned, high_turned = low, high
     if HAS_NORM:
@@ -220,8 +230,9 @@ def _norm_rope_write_kernel(
     low = tl.where(is_value[:, None], low, turned * c - high_turned * s).to(dtype).to(tl.float32)
     high = tl.where(is_value[:, None], high, high_turned * c + turned * s).to(dtype).to(tl.float32)
     # keys and values are read from the cache alone
-    tl.store(at, low.to(dtype), inside & is_query[:, None])
-    tl.store(at + half, high.to(dtype), inside & is_query[:, None])
+    own_query = out + (token * OUT_HEADS + heads[:, None]) * DIM + columns[None, :]
+    tl.store(own_query, low.to(dtype), inside & is_query[:, None])
+    tl.store(own_query + half, high.to(dtype), inside & is_query[:, None])
     slot = tl.load(slots + token)
     if slot >= 0:  # a padded row of a graph has no place
         block, position = slot // BLOCK_SIZE * (BLOCK_SIZE * 2 * NUM_KV_HEADS), slot % BLOCK_SIZE
@@ -252,14 +263,18 @@ def rotate_and_write(
     step: AttentionStep,
 ) -> torch.Tensor:
     """`kernels.attention.rotate_and_write`; a negative slot writes nothing."""
-    num_tokens, num_heads_all, dim = qkv.shape
+    num_tokens, num_heads_all, dim = qkv.shape[-3:]
     stored = entries(cache)
     num_kv_heads = stored.shape[2] // 2
     num_heads = num_heads_all - 2 * num_kv_heads
     cos, sin = rope
     query_norm, key_norm = norms if norms is not None else (None, None)
+    # pieces are float32: what they sum to has a place of its own
+    is_whole = qkv.ndim == 3
+    out = qkv if is_whole else torch.empty(num_tokens, num_heads, dim, dtype=cos.dtype, device=qkv.device)
     launch(_norm_rope_write_kernel, (num_tokens, triton.cdiv(num_heads_all, HEADS_AT_ONCE)))(
         qkv,
+        out,
         cos,
         sin,
         query_norm,
@@ -267,7 +282,10 @@ def rotate_and_write(
         stored,
         cache.scales if isinstance(cache, ScaledCache) else stored,
         step.slots,
+        num_tokens * num_heads_all * dim,
         eps,
+        PIECES=1 if is_whole else qkv.shape[0],
+        OUT_HEADS=out.shape[1],
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         DIM=dim,
@@ -280,4 +298,4 @@ def rotate_and_write(
         num_warps=2,
         **launch_options(qkv),
     )
-    return qkv[:, :num_heads]
+    return out[:, :num_heads]

@@ -159,11 +159,11 @@ def candidates(problem: Problem) -> Iterator[Config]:
 
 
 def row_candidates(problem: Problem) -> Iterator[RowConfig]:
-    """Fewer loads of x than threads: those come in the weights' layout, without a way through shared memory."""
+    """From a few warps a program, whose loads of x come in the weights' layout, to turns that a long row has few of."""
     of_load = {"dense_linear": 2, "int4": 8}.get(problem.kind, 4)
-    for outputs, inputs, warps in itertools.product((4, 8, 16, 32, 64), (128, 256, 512), (2, 4, 8)):
+    for outputs, inputs, warps in itertools.product((4, 8, 16, 32), (256, 512, 1024, 2048), (2, 4, 8, 16)):
         of_thread = outputs * inputs / of_load / (32 * warps)
-        if inputs // of_load < 32 * warps and 4 <= of_thread <= 32:
+        if inputs <= problem.in_features and 4 <= of_thread <= (8 if problem.is_gated else 16):
             yield RowConfig(outputs, inputs, warps)
 
 
@@ -311,8 +311,8 @@ def seconds(call: Call, copies: int, device: torch.device, limit: float) -> floa
     return statistics.median(times[1:])
 
 
-def best(problem: Problem, device: torch.device) -> tuple[dict[str, Any] | None, str]:
-    """The fastest settings as an entry of the table, None where none is needed; and a line to print."""
+def ranked(problem: Problem, device: torch.device) -> list[tuple[float, Config | None]]:
+    """Seconds of each of the settings, the fastest first; None is what runs without them, where that may be."""
     copies = 1 if device.type != "cuda" else int(max(2, min(64, CACHE_BYTES // problem.weight_bytes() + 1)))
     weights = operands(problem, device, copies)
     found: list[tuple[float, Config | None]] = []
@@ -326,15 +326,22 @@ def best(problem: Problem, device: torch.device) -> tuple[dict[str, Any] | None,
         except Exception as error:
             if "out of resource" not in str(error) and not isinstance(error, RuntimeError):
                 print(f"failed: {problem} {config}: {error}", flush=True)
-    time_s, config = min(found, key=lambda one: one[0])
+    return sorted(found, key=lambda one: one[0])
+
+
+def line_of(problem: Problem, found: list[tuple[float, Config | None]]) -> str:
+    """What to print of a ranking."""
+    time_s, config = found[0]
     rate = problem.weight_bytes() / time_s / 1e12
     without = next((one for one, config in found if config is None), None)
     beside = "" if without is None else f", without {1e6 * without:.1f} us"
-    line = f"{' '.join(map(str, problem)):<48} {1e6 * time_s:8.1f} us  {rate:5.2f} TB/s  {config}{beside}"
-    if config is None:
-        return None, line
+    return f"{' '.join(map(str, problem)):<48} {1e6 * time_s:8.1f} us  {rate:5.2f} TB/s  {config}{beside}"
+
+
+def entry_of(problem: Problem, config: Config) -> dict[str, Any]:
+    """A line of the table."""
     key = {"out": problem.out_features, "in": problem.in_features, "rows": problem.rows, "gated": problem.is_gated}
-    return {**key, **config._asdict(), "us": round(1e6 * time_s, 2)}, line
+    return {**key, **config._asdict()}
 
 
 def main() -> None:
@@ -358,13 +365,14 @@ def main() -> None:
         if time.perf_counter() - start > given.seconds:
             print("out of time", flush=True)
             break
-        entry, line = best(problem, device)
-        print(line, flush=True)
+        found = ranked(problem, device)
+        print(line_of(problem, found), flush=True)
+        time_s, config = found[0]
         name = f"{problem.product} bfloat16"
         key = (problem.out_features, problem.in_features, problem.rows, problem.is_gated)
         table.setdefault(name, {}).pop(key, None)
-        if entry is not None:
-            table[name][key] = entry
+        if config is not None:
+            table[name][key] = {**entry_of(problem, config), "us": round(1e6 * time_s, 2)}
         out.parent.mkdir(parents=True, exist_ok=True)
         tuned_table.write(out, table)
 

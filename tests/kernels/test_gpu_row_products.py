@@ -14,7 +14,7 @@ from powertrain.model.weights import IntWeight
 
 pytest.importorskip("triton")
 
-from powertrain.kernels.gpu import int4_matmul, matmul, quantized, row_matmul
+from powertrain.kernels.gpu import int4_matmul, matmul, quantized, row_matmul, tuned_table
 from powertrain.kernels.gpu.row_matmul import RowConfig
 
 HAS_GPU = torch.cuda.is_available()
@@ -84,16 +84,16 @@ def test_only_what_was_measured_takes_them(monkeypatch: pytest.MonkeyPatch) -> N
     """A table's entry of one row is found by each product, for one row alone."""
     asked: list[tuple[Any, ...]] = []
 
-    def found(
-        product: str, device: torch.device, out_features: int, in_features: int, is_gated: bool
-    ) -> dict[str, int]:
+    def found(product: str, device: torch.device, key: tuned_table.Key) -> dict[str, int]:
+        out_features, in_features, rows, is_gated = key
+        assert rows == 1
         asked.append((product, out_features, in_features, is_gated))
         return {"outputs": 8, "inputs": 256, "num_warps": 4}
 
     def taken(x: torch.Tensor, *rest: object) -> str:
         return "row"
 
-    monkeypatch.setattr(row_matmul, "measured_of_one_row", found)
+    monkeypatch.setattr(row_matmul, "entry", found)
     for module in (quantized, matmul):
         monkeypatch.setattr(module, "row_product", taken)
     monkeypatch.setattr(int4_matmul, "row_int4_product", taken)

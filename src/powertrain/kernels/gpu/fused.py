@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from powertrain.kernels.attention import AttentionStep, LayerCache, ScaledCache, entries, largest_entry
+from powertrain.kernels.gpu.activation import gated
 from powertrain.kernels.gpu.conversions import limit_of, round_row, round_to_integer
 from powertrain.kernels.gpu.launch import launch, launch_options, wait_turn
 
@@ -117,9 +118,7 @@ def _silu_mul_kernel(gate_up, out, width, BLOCK: tl.constexpr, PDL: tl.constexpr
     inside = columns < width
     gate = tl.load(gate_up + row * 2 * width + columns, inside, other=0.0)
     up = tl.load(gate_up + row * 2 * width + width + columns, inside, other=0.0)
-    wide = gate.to(tl.float32)
-    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
-    tl.store(out + row * width + columns, (silu * up.to(tl.float32)).to(gate.dtype), inside)
+    tl.store(out + row * width + columns, gated(gate, up, gate.dtype).to(gate.dtype), inside)
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -141,11 +140,8 @@ def _silu_mul_rounded_kernel(gate_up, out, scale, width, LIMIT: tl.constexpr, BL
     inside = columns < width
     gate = tl.load(gate_up + row * 2 * width + columns, inside, other=0.0)
     up = tl.load(gate_up + row * 2 * width + width + columns, inside, other=0.0)
-    wide = gate.to(tl.float32)
-    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
-    value, own = round_row(
-        (silu * up.to(tl.float32)).to(gate.dtype).to(tl.float32), LIMIT, out.dtype.element_ty == tl.int8
-    )
+    product = gated(gate, up, gate.dtype).to(gate.dtype).to(tl.float32)
+    value, own = round_row(product, LIMIT, out.dtype.element_ty == tl.int8)
     tl.store(scale + row, own)
     tl.store(out + row * width + columns, value.to(out.dtype.element_ty), inside)
 

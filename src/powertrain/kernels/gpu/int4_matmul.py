@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from powertrain.kernels.fused import silu_mul
+from powertrain.kernels.gpu.activation import gated
 from powertrain.kernels.gpu.conversions import int4_floats, unpack_nibbles
 from powertrain.kernels.gpu.launch import LINE_BYTES, device_function, launch, lines_ahead, prefetch, wait_turn
 from powertrain.kernels.gpu.quantized import (
@@ -22,7 +23,6 @@ from powertrain.kernels.gpu.quantized import (
     add_product,
     by_output,
     config_for,
-    gate_sums,
     result_and_target,
     shared_options,
     store_sums,
@@ -187,7 +187,7 @@ def _int4_kernel(
             up = _add_block(up, packed, up_scales, up_zeros, inputs, HAS_ZERO, ROWS, SWAPS, PRECISION, IS_COMPILED)
             up_scales, up_zeros = next_scales, next_zeros
     if GATED:
-        acc = gate_sums(acc, up, x.dtype.element_ty)
+        acc = gated(acc, up, x.dtype.element_ty)
     store_sums(out, acc, rows, columns, num_rows, out_features, SWAPS)
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from powertrain.kernels.fused import silu_mul
+from powertrain.kernels.gpu.activation import gated
 from powertrain.kernels.gpu.launch import launch, launch_options, lines_ahead, prefetch_rows, wait_turn
 from powertrain.kernels.gpu.quantized import matrix_product, tile_config
 from powertrain.kernels.gpu.row_matmul import row_config, row_product
@@ -83,10 +84,7 @@ def _skinny_kernel(
                 v = tl.load(w_at + half + start, inside, other=0.0, eviction_policy="evict_first")
             up = tl.dot(a, tl.trans(v), up, input_precision=PRECISION)
     if GATED:
-        # rounded where the product and the activation would be, were they apart
-        gate = acc.to(x.dtype.element_ty).to(tl.float32)
-        silu = (gate / (1.0 + tl.exp(-gate))).to(x.dtype.element_ty).to(tl.float32)
-        acc = silu * up.to(x.dtype.element_ty).to(tl.float32)
+        acc = gated(acc, up, x.dtype.element_ty)
     to = out + (tl.program_id(1) * num_rows + rows)[:, None] * out_features + columns[None, :]
     tl.store(to, acc.to(out.dtype.element_ty), (rows < num_rows)[:, None] & (columns < out_features)[None, :])
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from powertrain.kernels.fused import silu_mul
+from powertrain.kernels.gpu.activation import gated
 from powertrain.kernels.gpu.conversions import byte_floats, quantize_rows, widen_bytes
 from powertrain.kernels.gpu.launch import device_function, launch, launch_options, lines_ahead, prefetch_rows, wait_turn
 from powertrain.kernels.gpu.rounded_matmul import rounded_linear
@@ -70,14 +71,6 @@ def store_sums(out, acc, rows, columns, num_rows, out_features, SWAPS: tl.conste
         acc = tl.trans(acc)
     inside = (rows < num_rows)[:, None] & (columns < out_features)[None, :]
     tl.store(at + rows[:, None] * out_features + columns[None, :], acc.to(out.dtype.element_ty), inside)
-
-
-@device_function
-def gate_sums(gate, up, dtype: tl.constexpr):
-    """silu(gate) * up, rounded where the product and the activation would be, were they apart."""
-    gate = gate.to(dtype).to(tl.float32)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    return silu * up.to(dtype).to(tl.float32)
 
 
 @device_function
@@ -170,7 +163,7 @@ def _matrix_kernel(
         if GATED:
             up *= by_output(up_of_output, SWAPS)
     if GATED:
-        acc = gate_sums(acc, up, x.dtype.element_ty)
+        acc = gated(acc, up, x.dtype.element_ty)
     store_sums(out, acc, rows, columns, num_rows, out_features, SWAPS)
 
 

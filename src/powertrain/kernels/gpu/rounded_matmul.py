@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from powertrain.kernels.gpu.activation import gated
 from powertrain.kernels.gpu.conversions import quantize_rows, scale_integers
 from powertrain.kernels.gpu.launch import device_function, launch, launch_options, lines_ahead, prefetch_rows, wait_turn
 from powertrain.kernels.gpu.splits import sum_splits
@@ -65,14 +66,6 @@ def _scaled(acc, row_scale, scale, SWAPS: tl.constexpr):
     if SWAPS:
         acc = tl.trans(acc)
     return acc.to(tl.float32) * row_scale[:, None] * scale[None, :]
-
-
-@device_function
-def _gate(gate, up, dtype: tl.constexpr):
-    """silu(gate) * up, rounded where the product and the activation would be, were they apart."""
-    gate = gate.to(dtype).to(tl.float32)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    return silu * up.to(dtype).to(tl.float32)
 
 
 @device_function
@@ -142,7 +135,7 @@ def _rounded_kernel(
     if TILES == 2:
         next_result = _scaled(next_acc, row_scale, of_next_output, SWAPS)
         if GATED:
-            result = _gate(result, next_result, out.dtype.element_ty)
+            result = gated(result, next_result, out.dtype.element_ty)
         else:
             _store(out, next_result, rows, columns + OUTPUTS, num_rows, out_features)
     _store(out, result, rows, columns, num_rows, out_features)

@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from powertrain.kernels.gpu.activation import gated
 from powertrain.kernels.gpu.launch import device_function, launch, launch_options, wait_turn
-from powertrain.kernels.gpu.tuned_table import measured_of_one_row
+from powertrain.kernels.gpu.tuned_table import entry
 from powertrain.kernels.quantized import Int4Blocks
 
 # 8 nibbles of a word to float32, as 128 + n or 2048 + n: where one lies in the mantissa under a fixed exponent it is a
@@ -55,14 +56,6 @@ class RowConfig(NamedTuple):
     outputs: int
     inputs: int
     num_warps: int
-
-
-@device_function
-def _gated(gate, up, dtype: tl.constexpr):
-    """silu(gate) * up, rounded where the product and the activation would be, were they apart."""
-    gate = gate.to(dtype).to(tl.float32)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    return silu * up.to(dtype).to(tl.float32)
 
 
 @device_function
@@ -154,7 +147,7 @@ def _row_kernel(
         weight, up_weight = ahead, up_ahead
     total = tl.sum(acc, 1) * of_output
     if GATED:
-        total = _gated(total, tl.sum(up, 1) * up_of_output, dtype)
+        total = gated(total, tl.sum(up, 1) * up_of_output, dtype)
     tl.store(out + columns, total.to(dtype), columns < out_features)
 
 
@@ -300,7 +293,7 @@ def _row_int4_kernel(
         packed, scales, up_packed, up_scales = next_packed, next_scales, next_up, next_up_scales
     total = tl.sum(tl.sum(acc, 2), 0)
     if GATED:
-        total = _gated(total, tl.sum(tl.sum(up, 2), 0), dtype)
+        total = gated(total, tl.sum(tl.sum(up, 2), 0), dtype)
     tl.store(out + columns, total.to(dtype), columns < out_features)
 
 
@@ -308,7 +301,7 @@ def row_config(product: str, x: torch.Tensor, out_features: int, is_gated: bool)
     """The measured settings of a single row's `product`; None where there are none or it was slower."""
     if x.shape[0] != 1 or x.dtype != torch.bfloat16:
         return None
-    found = measured_of_one_row(f"{product} bfloat16", x.device, out_features, x.shape[1], is_gated)
+    found = entry(f"{product} bfloat16", x.device, (out_features, x.shape[1], 1, is_gated))
     return None if found is None else RowConfig(*(found[field] for field in RowConfig._fields))
 
 

@@ -32,23 +32,22 @@ def measured(
 ) -> dict[str, Any] | None:
     """The settings of one product, `dense_linear bfloat16` say; None where nothing was measured."""
     rows = rows_of_entry(num_rows)
-    if device.type != "cuda" or rows is None:
-        return None
-    return of_device(device).get(product, {}).get((out_features, in_features, rows, is_gated))
+    return None if rows is None else entry(product, device, (out_features, in_features, rows, is_gated))
 
 
-def measured_of_one_row(
-    product: str, device: torch.device, out_features: int, in_features: int, is_gated: bool
-) -> dict[str, Any] | None:
-    """As `measured`, of products that take a single row: their entries are for that alone."""
-    if device.type != "cuda":
-        return None
-    return of_device(device).get(product, {}).get((out_features, in_features, 1, is_gated))
+def entry(product: str, device: torch.device, key: Key) -> dict[str, Any] | None:
+    """What the table holds for exactly these sizes."""
+    return of_device(device).get(product, {}).get(key) if device.type == "cuda" else None
+
+
+def of_device(device: torch.device) -> dict[str, dict[Key, dict[str, Any]]]:
+    """The table of a device, one object for all who ask."""
+    return _of_index(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @cache
-def of_device(device: torch.device) -> dict[str, dict[Key, dict[str, Any]]]:
-    file = FOLDER / file_name(device)
+def _of_index(index: int) -> dict[str, dict[Key, dict[str, Any]]]:
+    file = FOLDER / file_name(torch.device("cuda", index))
     if not file.exists():
         logger.info("no measured settings for %s: the kernels run with guessed ones", file.stem)
         return {}

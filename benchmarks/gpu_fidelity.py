@@ -295,7 +295,8 @@ def _rounds_input(subject: Subject, device: torch.device, chunk: int) -> bool:
     if subject.rounds_input and device.type == "cuda":
         from powertrain.kernels.quantized import MAX_UNROUNDED_ROWS
 
-        return chunk > MAX_UNROUNDED_ROWS
+        dtype = torch.float8_e4m3fn if subject.quantize is _to_float8 else torch.int8
+        return chunk > MAX_UNROUNDED_ROWS[dtype]
     return subject.rounds_input
 
 

@@ -28,6 +28,7 @@ from powertrain.kernels.gpu.matmul import SkinnyConfig
 from powertrain.kernels.gpu.quantized import QuantizedConfig
 from powertrain.kernels.gpu.rounded_matmul import RoundedConfig
 from powertrain.kernels.gpu.row_matmul import RowConfig, row_int4_product, row_product
+from powertrain.kernels.gpu.sliced_matmul import SlicedConfig, sliced_int4_product, sliced_product
 from powertrain.kernels.model_cases import MODEL_SHAPES
 from powertrain.kernels.quantized import MAX_UNROUNDED_ROWS, Int4Blocks
 
@@ -36,10 +37,14 @@ CACHE_BYTES = 512 * 2**20
 """
 PROGRAMS = (96, 1100)
 """Of a product with several splits."""
-ROUNDED = ("fp8 rounded", "int8 rounded")
+ROUNDED = {"fp8 rounded": torch.float8_e4m3fn, "int8 rounded": torch.int8}
 OF_ROW = ("row dense_linear", "row int4", "row fp8", "row int8")
 """Products of a single row, kept where they are faster than those of few rows: `--rows 1`."""
-PRODUCTS = ("dense_linear", "tile", "int4", "fp8", "fp8 blocks", "int8", *ROUNDED, *OF_ROW)
+SLICED = ("sliced dense_linear", "sliced int4")
+"""Products of up to 64 rows, kept where they are faster than the others."""
+SHARED_BYTES = 100 * 2**10
+"""Of a sliced product's program: two or more are to fit on a processor."""
+PRODUCTS = ("dense_linear", "tile", "int4", "fp8", "fp8 blocks", "int8", *ROUNDED, *OF_ROW, *SLICED)
 ROUNDED_LAYOUTS = (
     RoundedConfig(256, 64, 2, 128, 1, True, 8, 3),
     RoundedConfig(256, 64, 2, 128, 1, True, 8, 4),
@@ -65,7 +70,7 @@ ROUNDED_LAYOUTS = (
 """What registers hold with either type, but for a few words of some with splits, which come with the shape."""
 ROUNDED_PROGRAMS = (64, 400)
 """Of a product with several splits."""
-Config = SkinnyConfig | QuantizedConfig | RoundedConfig | RowConfig
+Config = SkinnyConfig | QuantizedConfig | RoundedConfig | RowConfig | SlicedConfig
 Call = Callable[[int], torch.Tensor]
 Weight = tuple[torch.Tensor, Any]
 """A matrix and its scales, if it has any."""
@@ -91,7 +96,7 @@ class Problem(NamedTuple):
     @property
     def kind(self) -> str:
         """The product, whatever its rows."""
-        return self.product.removeprefix("row ")
+        return self.product.removeprefix("row ").removeprefix("sliced ")
 
     def weight_bytes(self) -> float:
         element = {"dense_linear": 2.0, "tile": 2.0, "int4": 0.5}.get(self.kind, 1.0)
@@ -109,14 +114,14 @@ def problems(shape: str, products: list[str], rows: list[int]) -> list[Problem]:
     ]
     made = []
     for product, count in itertools.product(products, rows):
-        is_dense = product in ("dense_linear", "tile", "row dense_linear")
+        is_dense = product in ("dense_linear", "tile", "row dense_linear", "sliced dense_linear")
         if (product in OF_ROW) != (count == 1):
             continue
-        if product == "dense_linear" and count > quantized.MAX_GATED_ROWS:
+        if product in ("dense_linear", *SLICED) and count > quantized.MAX_GATED_ROWS:
             continue
         if product == "int4" and count > int4_matmul.TILE_ROWS:
             continue  # in tiles of fewer
-        if product in ROUNDED and count <= MAX_UNROUNDED_ROWS:
+        if product in ROUNDED and count <= MAX_UNROUNDED_ROWS[ROUNDED[product]]:
             continue
         gates = count <= quantized.MAX_GATED_ROWS
         made += [Problem(product, out, inner, count, False, True) for out, inner in plain]
@@ -135,6 +140,9 @@ def candidates(problem: Problem) -> Iterator[Config]:
         return
     if problem.product in OF_ROW:
         yield from row_candidates(problem)
+        return
+    if problem.product in SLICED:
+        yield from sliced_candidates(problem)
         return
     if problem.product == "dense_linear":
         for outputs, inputs, splits, stages in itertools.product((16, 32, 64), (128, 256), (1, 2, 4), (3, 4, 5)):
@@ -165,6 +173,17 @@ def row_candidates(problem: Problem) -> Iterator[RowConfig]:
         of_thread = outputs * inputs / of_load / (32 * warps)
         if inputs <= problem.in_features and 4 <= of_thread <= (8 if problem.is_gated else 16):
             yield RowConfig(outputs, inputs, warps)
+
+
+def sliced_candidates(problem: Problem) -> Iterator[SlicedConfig]:
+    """What leaves room for other programs beside it, with a few turns of weights on their way."""
+    element, slice_inputs, least = (0.5, (128,), 8) if problem.kind == "int4" else (2.0, (64, 128), 16)
+    of_x, all_outputs = 2 * max(least, problem.rows), (16, 32, 64) if problem.kind == "int4" else (8, 16, 32)
+    for outputs, slices, inputs, stages in itertools.product(all_outputs, (2, 4, 8), slice_inputs, (2, 3, 4)):
+        of_weights = outputs * (2 if problem.is_gated else 1) * element
+        fits = stages * slices * inputs * (of_x + of_weights) <= SHARED_BYTES
+        if fits and slices * inputs <= problem.in_features and stages * slices * inputs * of_weights >= 2**13:
+            yield SlicedConfig(outputs, slices, inputs, stages)
 
 
 def rounded_candidates(problem: Problem) -> Iterator[RoundedConfig]:
@@ -215,6 +234,10 @@ def caller(problem: Problem, config: Config | None, weights: list[Weight]) -> Ca
         return lambda at: row_int4_product(x, Int4Blocks(*weights[at], None), config, problem.is_gated)
     if isinstance(config, RowConfig):
         return lambda at: row_product(x, *weights[at], config, problem.is_gated)
+    if isinstance(config, SlicedConfig) and problem.kind == "int4":
+        return lambda at: sliced_int4_product(x, Int4Blocks(*weights[at], None), config, problem.is_gated)
+    if isinstance(config, SlicedConfig):
+        return lambda at: sliced_product(x, weights[at][0], config, problem.is_gated)
     if config is None and problem.kind not in ("dense_linear", "tile"):
         turns = problem.in_features // 128
         config = quantized.config_for(problem.kind, x, problem.out_features, turns, problem.is_gated)
@@ -317,7 +340,7 @@ def ranked(problem: Problem, device: torch.device) -> list[tuple[float, Config |
     weights = operands(problem, device, copies)
     found: list[tuple[float, Config | None]] = []
     tried: list[Config | None] = [*candidates(problem)]
-    if problem.product in ("tile", *ROUNDED, *OF_ROW):
+    if problem.product in ("tile", *ROUNDED, *OF_ROW, *SLICED):
         tried.append(None)
     for config in tried:
         try:

@@ -10,11 +10,20 @@ from types import ModuleType
 import pytest
 import torch
 
-from powertrain.kernels.gpu import matmul, quantized, row_matmul, tuned_table
+from powertrain.kernels.gpu import matmul, quantized, rounded_matmul, row_matmul, sliced_matmul, tuned_table
 from powertrain.kernels.matmul import dense_linear
 from powertrain.kernels.model_cases import MODEL_SHAPES, ModelShape
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # the interpreter's
+FEW_AND_MORE = (tuned_table.FEW_ROWS, *tuned_table.ROWS)
+SETTINGS = {
+    "dense_linear": (matmul.SkinnyConfig, FEW_AND_MORE),
+    "row": (row_matmul.RowConfig, (1,)),
+    "sliced": (sliced_matmul.SlicedConfig, FEW_AND_MORE),
+    "rounded": (rounded_matmul.RoundedConfig, FEW_AND_MORE),
+    **dict.fromkeys(("tile", "int4", "fp8", "int8"), (quantized.QuantizedConfig, FEW_AND_MORE)),
+}
+"""By the first word of a product's name, but for rounded ones: its kernel's settings and an entry's rows."""
 SHIPPED = sorted(tuned_table.FOLDER.glob("*.json"))
 
 
@@ -34,11 +43,10 @@ def tune() -> ModuleType:
 def test_every_shipped_entry_has_the_settings_of_its_kernel(file: Path, tmp_path: Path) -> None:
     table = tuned_table.read(file)
     for product, entries in table.items():
-        dense = matmul.SkinnyConfig if product.startswith("dense_linear") else quantized.QuantizedConfig
-        kernel = row_matmul.RowConfig if product.startswith("row ") else dense
+        kernel, all_rows = SETTINGS[product.split()[0] if "rounded" not in product else "rounded"]
         for (_, _, rows, is_gated), entry in entries.items():
             assert set(kernel._fields) <= set(entry)
-            assert rows in ((1,) if product.startswith("row ") else tuned_table.ROWS)
+            assert rows in all_rows
             assert not (is_gated and entry.get("splits", 1) > 1)
     tuned_table.write(tmp_path / "again.json", table)
     assert tuned_table.read(tmp_path / "again.json") == table

@@ -48,7 +48,7 @@ def test_norms_and_gates_hand_on_what_products_would_round(
     tiny_model_dir: Callable[[str], Path], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_model_dir(family)
-    ids = torch.randint(0, 320, (MAX_UNROUNDED_ROWS + 6,), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 320, (38,), generator=torch.Generator().manual_seed(0))
     expected = model_of(folder, Float8).score(ids)
     monkeypatch.setattr(OnAGPU, "num_rounded", 0)
     model = model_of(folder, OnAGPU)
@@ -58,5 +58,5 @@ def test_norms_and_gates_hand_on_what_products_would_round(
     monkeypatch.setattr(OnAGPU, "num_rounded", 0)
     with choosing("invariant"):
         model.score(ids)
-    model.score(ids[:MAX_UNROUNDED_ROWS])
+    model.score(ids[: MAX_UNROUNDED_ROWS[torch.float8_e4m3fn]])
     assert OnAGPU.num_rounded == 0

@@ -14,10 +14,10 @@ from powertrain.kernels.rounding import quantize_to_float8, quantize_to_int8, si
 FLOAT8_BLOCK = 128
 """Outputs and inputs that share a scale in a matrix of blocks, and inputs of one row in its activations."""
 
-MAX_UNROUNDED_ROWS = 32
-"""W8A8 rounds its input above as many rows; below, the weights' bytes bound the product and the input stays as it is.
+MAX_UNROUNDED_ROWS = {torch.float8_e4m3fn: 1, torch.int8: 32}
+"""W8A8 with weights of a type rounds its input above as many rows on a GPU. For a few the weights' bytes bound the
+product and the input stays as it is, where a product that takes it so is as fast.
 """
-
 
 INT4_BLOCKS = (128, 64, 32)
 """Inputs of a block of 4-bit weights: the largest that makes groups of whole blocks is taken."""

@@ -38,10 +38,11 @@ class Linear:
 
     def rounds(self, num_rows: int) -> torch.dtype | None:
         """The 8-bit type that the product of so many rows wants its input in; None for floats."""
-        if num_rows <= MAX_UNROUNDED_ROWS or current_mode() != "fast":
+        if current_mode() != "fast":
             return None
         wanted = {fmt.rounded_dtype() if isinstance(fmt, RoundedFormat) else None for fmt in self.formats}
-        return wanted.pop() if len(wanted) == 1 else None
+        dtype = wanted.pop() if len(wanted) == 1 else None
+        return None if dtype is None or num_rows <= MAX_UNROUNDED_ROWS[dtype] else dtype
 
     def gated(self, x: torch.Tensor | Rounded) -> torch.Tensor:
         """silu of the first half of the outputs times the second half, [tokens, out / 2]."""

@@ -99,8 +99,8 @@ def _norm(
         DELTAS=deltas,
         LIMIT=0.0 if to is None else limit_of(to),
         BLOCK=block,
-        # a thread has few loads on their way at a time: for many pieces there are more threads
-        num_warps=_num_warps(block) if deltas < 4 else min(32, max(1, block // 128)),
+        # a thread has few loads on their way at a time: for pieces there are more threads
+        num_warps=_num_warps(block) if deltas < 2 else min(32, max(1, block // 128)),
         **launch_options(x, is_late=is_late),
     )
     return out, scale

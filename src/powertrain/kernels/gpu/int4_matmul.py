@@ -29,6 +29,7 @@ from powertrain.kernels.gpu.quantized import (
     zero_sums,
 )
 from powertrain.kernels.gpu.row_matmul import row_config, row_int4_product
+from powertrain.kernels.gpu.sliced_matmul import load_inputs, sliced_config, sliced_int4_product
 from powertrain.kernels.gpu.splits import sum_splits
 from powertrain.kernels.quantized import Int4Blocks
 
@@ -66,20 +67,6 @@ def _add_block(
             weight -= zero.to(weight.dtype)[:, None]
         part = add_product(weight, inputs[nibble], part, SWAPS, PRECISION)
     return acc + part * by_output(scale.to(tl.float32), SWAPS)
-
-
-@device_function
-def _load_inputs(x, is_row, WORDS: tl.constexpr, NIBBLES: tl.constexpr):
-    """The inputs of a block, which `x` points to the first word's of, by the nibble that they multiply."""
-    if NIBBLES == 4:
-        return (
-            tl.load(x, is_row, other=0.0),
-            tl.load(x + WORDS, is_row, other=0.0),
-            tl.load(x + 2 * WORDS, is_row, other=0.0),
-            tl.load(x + 3 * WORDS, is_row, other=0.0),
-        )
-    else:
-        return tl.load(x, is_row, other=0.0), tl.load(x + WORDS, is_row, other=0.0)
 
 
 @device_function
@@ -178,7 +165,7 @@ def _int4_kernel(
         at = tl.minimum(block + 1, end - 1) // GROUP_BLOCKS * all_outputs + column
         next_scales, next_zeros = _of_group(scale, zero, at, HAS_ZERO)
         packed = own + word[None, :] + block * stride
-        inputs = _load_inputs(x_at + block * (NIBBLES * WORDS), is_row, WORDS, NIBBLES)
+        inputs = load_inputs(x_at + block * (NIBBLES * WORDS), is_row, WORDS, NIBBLES)
         acc = _add_block(acc, packed, scales, zeros, inputs, HAS_ZERO, ROWS, SWAPS, PRECISION, IS_COMPILED)
         scales, zeros = next_scales, next_zeros
         if GATED:
@@ -203,6 +190,9 @@ def int4_linear(x: torch.Tensor, weight: Int4Blocks, is_gated: bool, keeps_piece
     alone = row_config("row int4", x, out_features, is_gated) if weight.nibbles == 4 else None
     if alone is not None:
         return row_int4_product(x, weight, alone, is_gated)
+    sliced = sliced_config("int4", x, out_features, is_gated) if weight.nibbles == 4 else None
+    if sliced is not None:
+        return sliced_int4_product(x, weight, sliced, is_gated)
     config = config_for("int4", x[:TILE_ROWS], out_features, num_blocks, is_gated)
     return int4_product(x, weight, config, is_gated, keeps_pieces)
 

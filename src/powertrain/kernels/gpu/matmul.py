@@ -13,6 +13,7 @@ from powertrain.kernels.gpu.activation import gated
 from powertrain.kernels.gpu.launch import launch, launch_options, lines_ahead, prefetch_rows, wait_turn
 from powertrain.kernels.gpu.quantized import matrix_product, tile_config
 from powertrain.kernels.gpu.row_matmul import row_config, row_product
+from powertrain.kernels.gpu.sliced_matmul import sliced_config, sliced_product
 from powertrain.kernels.gpu.splits import sum_splits
 from powertrain.kernels.gpu.tuned_table import measured
 from powertrain.kernels.matmul import MAX_SKINNY_ROWS
@@ -94,6 +95,9 @@ def dense_linear(x: torch.Tensor, weight: torch.Tensor, keeps_pieces: bool = Fal
     alone = row_config("row dense_linear", x, weight.shape[0], False)
     if alone is not None:
         return row_product(x, weight, None, alone)
+    sliced = sliced_config("dense_linear", x, weight.shape[0], False)
+    if sliced is not None:
+        return sliced_product(x, weight, sliced)
     tile = tile_config(x, weight.shape[0], is_gated=False)
     if tile is not None:
         return matrix_product(x, weight, None, tile, keeps_pieces=keeps_pieces)
@@ -105,6 +109,9 @@ def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     alone = row_config("row dense_linear", x, weight.shape[0] // 2, True)
     if alone is not None:
         return row_product(x, weight, None, alone, True)
+    sliced = sliced_config("dense_linear", x, weight.shape[0] // 2, True)
+    if sliced is not None:
+        return sliced_product(x, weight, sliced, True)
     tile = tile_config(x, weight.shape[0] // 2, is_gated=True)
     if tile is not None:
         return matrix_product(x, weight, None, tile, True)

@@ -176,7 +176,7 @@ def float8_linear(
     keeps_pieces: bool = False,
 ) -> torch.Tensor:
     """`kernels.quantized.float8_linear`, whose input is rounded above `MAX_UNROUNDED_ROWS` rows only."""
-    if x.shape[0] <= MAX_UNROUNDED_ROWS or not rounds_input or scale.ndim == 2:
+    if x.shape[0] <= MAX_UNROUNDED_ROWS[values.dtype] or not rounds_input or scale.ndim == 2:
         return byte_linear(x, values, scale, is_gated, keeps_pieces)
     narrow, own = quantize_rows(x, torch.float8_e4m3fn)
     product = rounded_linear(narrow, own, values, scale, x.dtype, keeps_pieces)
@@ -190,7 +190,7 @@ def int8_linear(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> t
 
 def int8_rounded_linear(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """`kernels.quantized.int8_rounded_linear`, whose input is rounded above `MAX_UNROUNDED_ROWS` rows only."""
-    if x.shape[0] <= MAX_UNROUNDED_ROWS:
+    if x.shape[0] <= MAX_UNROUNDED_ROWS[values.dtype]:
         return byte_linear(x, values, scale, is_gated=False)
     narrow, own = quantize_rows(x, torch.int8)
     return rounded_linear(narrow, own, values, scale, x.dtype)

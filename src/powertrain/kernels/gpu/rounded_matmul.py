@@ -16,10 +16,21 @@ import triton.language as tl
 
 from powertrain.kernels.gpu.activation import gated
 from powertrain.kernels.gpu.conversions import quantize_rows, scale_integers
-from powertrain.kernels.gpu.launch import device_function, launch, launch_options, lines_ahead, prefetch_rows, wait_turn
+from powertrain.kernels.gpu.launch import (
+    device_function,
+    launch,
+    launch_options,
+    lines_ahead,
+    num_processors,
+    prefetch_rows,
+    wait_turn,
+)
 from powertrain.kernels.gpu.splits import sum_splits
 from powertrain.kernels.gpu.tuned_table import measured
 from powertrain.kernels.rounding import silu_mul_rounded
+
+FEW_ROWS = 64
+"""Of a tile of the tensor cores, whose other side are outputs."""
 
 
 class RoundedConfig(NamedTuple):
@@ -233,9 +244,22 @@ def library_product(
 def rounded_config(
     x: torch.Tensor, out_features: int, dtype: torch.dtype, is_gated: bool = False
 ) -> RoundedConfig | None:
-    """The measured settings of `rounded_product`; None where the library was found faster or nothing was measured."""
-    if dtype != torch.bfloat16:
+    """The settings of `rounded_product`, measured or, for few rows of floats, a guess; None leaves it to the library.
+
+    Its product of 8-bit floats is made for many rows; that of integers does not take few, and is not asked.
+    """
+    num_rows, in_features = x.shape
+    if dtype == torch.bfloat16:
+        product = "int8 rounded" if x.dtype == torch.int8 else "fp8 rounded"
+        found = measured(f"{product} bfloat16", x.device, out_features, in_features, num_rows, is_gated)
+        if found is not None:
+            return RoundedConfig(*(found[field] for field in RoundedConfig._fields))
+    if num_rows > FEW_ROWS or x.dtype == torch.int8:
         return None
-    product = "int8 rounded" if x.dtype == torch.int8 else "fp8 rounded"
-    found = measured(f"{product} bfloat16", x.device, out_features, x.shape[1], x.shape[0], is_gated)
-    return None if found is None else RoundedConfig(*(found[field] for field in RoundedConfig._fields))
+    if is_gated:
+        return RoundedConfig(64, 64, 2, 256, 1, True, 4, 3)
+    # pieces of at least 1,024 inputs until there are programs for every processor
+    splits = 1
+    while splits * out_features < num_processors(x.device) * 64 and splits * 2048 <= in_features:
+        splits *= 2
+    return RoundedConfig(64, 64, 1, 256, splits, True, 4, 4)

@@ -19,6 +19,9 @@ FOLDER = Path(__file__).parent / "tuned"
 ROWS = (16, 32, 64, 128, 256)
 """Most rows of an entry; a product takes that of the next larger number."""
 
+FEW_ROWS = 8
+"""Products of up to so many rows may have entries of their own; without one they take that of 16."""
+
 Key = tuple[int, int, int, bool]
 
 
@@ -31,8 +34,10 @@ def measured(
     product: str, device: torch.device, out_features: int, in_features: int, num_rows: int, is_gated: bool
 ) -> dict[str, Any] | None:
     """The settings of one product, `dense_linear bfloat16` say; None where nothing was measured."""
+    key = (out_features, in_features, FEW_ROWS, is_gated)
+    few = entry(product, device, key) if num_rows <= FEW_ROWS else None
     rows = rows_of_entry(num_rows)
-    return None if rows is None else entry(product, device, (out_features, in_features, rows, is_gated))
+    return few or (None if rows is None else entry(product, device, (out_features, in_features, rows, is_gated)))
 
 
 def entry(product: str, device: torch.device, key: Key) -> dict[str, Any] | None:

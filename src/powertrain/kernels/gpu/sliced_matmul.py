@@ -236,7 +236,7 @@ def sliced_product(x: torch.Tensor, weight: torch.Tensor, config: SlicedConfig, 
 def sliced_int4_product(
     x: torch.Tensor, weight: Int4Blocks, config: SlicedConfig, is_gated: bool = False
 ) -> torch.Tensor:
-    """x [rows <= 64, in] times the transposed matrix, a block of inputs a slice; as `sliced_product`."""
+    """x [rows <= 64, in] times the transposed matrix, a block a slice; as `sliced_product`."""
     num_blocks, all_outputs, words = weight.values.shape
     out_features = all_outputs // 2 if is_gated else all_outputs
     out = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)

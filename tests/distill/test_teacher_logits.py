@@ -50,7 +50,7 @@ def test_buckets_bound_the_divergence_from_below_and_sum_to_one(k: int, seed: in
     buckets = [in_buckets(logits, ids) for logits in (other, student)]
     torch.testing.assert_close(buckets[0].exp().sum(-1), torch.ones(4), rtol=1e-4, atol=1e-4)
     found, whole = divergence_of(*buckets, FORWARD_KL), token_loss(student, other, FORWARD_KL)
-    assert (found <= whole + 1e-4).all()
+    assert (found <= 1.001 * whole + 1e-4).all()  # the buckets are float32
     if k == 15:  # the tail is one token: nothing is lost
         torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-3)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from collections.abc import Sequence as ListLike
 from pathlib import Path
 
 import pytest
@@ -88,24 +89,57 @@ def run(engine: Engine, wanted: list[Request]) -> dict[str, list[int]]:
     return found
 
 
-@pytest.mark.parametrize("options", [{"num_blocks": 100}, {"num_blocks": 6, "max_num_seqs": 4}])
-def test_the_tokens_are_those_of_the_plain_runner(
-    tiny_model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, options: dict[str, int]
-) -> None:
-    model = load_model(open_checkpoint(tiny_model_dir("llama")), "cpu", torch.float32)
-    config = EngineConfig.from_options(device="cpu", max_num_batched_tokens=48, **options)
-    wanted = requests(8)
-    expected = run(Engine(model, config, "tiny"), wanted)
+class PoorGuesses:
+    """Drafts that are rejected, now and then: steps with drafts and without take turns, at any place of a block."""
 
+    def __init__(self) -> None:
+        self.source = random.Random(5)
+
+    def propose(self, token_ids: ListLike[int], max_tokens: int) -> list[int]:
+        return [token_ids[0]] * max_tokens if self.source.random() < 0.5 else []
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir: Callable[[str], Path]) -> Decoder:
+    return load_model(open_checkpoint(tiny_model_dir("llama")), "cpu", torch.float32)
+
+
+def host_engine(model: Decoder, config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> Engine:
     def make(model: Decoder, num_blocks: int, config: EngineConfig, length: int) -> HostRunner:
         cache = model.new_cache(num_blocks, config.cache.block_size)
         return HostRunner(model, cache, config.scheduler.max_num_seqs, length)
 
     monkeypatch.setattr(core, "_runner", make)
-    engine = Engine(model, config, "tiny")
+    return Engine(model, config, "tiny")
+
+
+@pytest.mark.parametrize("options", [{"num_blocks": 100}, {"num_blocks": 6, "max_num_seqs": 4}])
+def test_the_tokens_are_those_of_the_plain_runner(
+    model: Decoder, monkeypatch: pytest.MonkeyPatch, options: dict[str, int]
+) -> None:
+    config = EngineConfig.from_options(device="cpu", max_num_batched_tokens=48, **options)
+    wanted = requests(8)
+    expected = run(Engine(model, config, "tiny"), wanted)
+    engine = host_engine(model, config, monkeypatch)
     found = run(engine, wanted)
     assert [name for name in expected if found[name] != expected[name]] == []
     assert isinstance(engine.runner, HostRunner)
     assert engine.runner.steps.num_replays > 5
     if options["num_blocks"] == 6:
         assert engine.stats().num_preemptions > 0
+
+
+def test_blocks_of_rejected_drafts_do_not_take_the_places_of_others(
+    model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rejected draft leaves its block to the tokens to come; a step before them must not be given that block."""
+    config = EngineConfig.from_options(device="cpu", num_blocks=100, num_speculative_tokens=4)
+    sampling = SamplingParams(temperature=0.0, max_tokens=100)
+    wanted = [Request(request_id="0", prompt_token_ids=tuple(range(5, 25)), sampling=sampling)]
+    expected = run(Engine(model, EngineConfig.from_options(device="cpu", num_blocks=100), "tiny"), wanted)
+    engine = host_engine(model, config, monkeypatch)
+    engine.scheduler.proposer = PoorGuesses()
+    assert run(engine, wanted) == expected
+    assert engine.stats().draft_tokens > engine.stats().accepted_draft_tokens
+    assert isinstance(engine.runner, HostRunner)
+    assert engine.runner.steps.num_replays > 5

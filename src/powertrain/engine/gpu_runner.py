@@ -186,10 +186,11 @@ class GpuRunner(Runner):
         for chunk in chunks:
             sequence, sampling = chunk.sequence, chunk.sequence.request.sampling
             stop = chunk.start + chunk.count
-            first = -(-chunk.start // self.cache.block_size)
-            new = sequence.block_table[first] if with_blocks and first < len(sequence.block_table) else -1
+            at, place = divmod(chunk.start, self.cache.block_size)
+            # only the block that begins with this token: rejected drafts may have left the next one behind it
+            new = sequence.block_table[at] if with_blocks and place == 0 else -1
             if new >= 0:
-                self._tables[sequence.slot, first] = new
+                self._tables[sequence.slot, at] = new
             rows.append((sequence.slot, stop, new, sampling.top_k))
             settings.append(_draw_settings(sampling, sequence.seed, sequence.index, stop))
         integers[:, : len(chunks)] = list(zip(*rows, strict=True))

@@ -126,10 +126,17 @@ class Variant:
     """Whether decode steps are CUDA graphs."""
     is_together: bool = True
 
+    @property
+    def row(self) -> str:
+        """The name of its row in the record."""
+        return f"{GREEDY}, {self.name}"
+
 
 _SPECULATION = {"num_speculative_tokens": 4}
 _PREFIXES = {"enable_prefix_caching": True}
+PLAIN = Variant(name="plain")
 VARIANTS = (
+    PLAIN,
     # a step's budget below all prompts: the later ones find the blocks of the first
     Variant(name="prefix cache", options={**_PREFIXES, "max_num_batched_tokens": 256}, effect="prefix_cache_hits"),
     Variant(name="steps of 64 tokens", options={"max_num_batched_tokens": 64}),
@@ -175,8 +182,10 @@ def main() -> None:
             forced += [row | {"subject": subject.name} for row in _teacher_forced(decoders, subject, windows, short)]
             # after each: an interruption keeps what was measured
             record.write_record(given.json, made())
-    if given.only in GREEDY and not texts:
-        texts += _texts(decoders, prompts, given.output)
+    lacking = [one for one in VARIANTS if given.only in one.row and one.row not in {row["name"] for row in texts}]
+    for row in _texts(decoders, prompts, given.output, lacking) if lacking else ():
+        texts.append(row)
+        record.write_record(given.json, made())
     missed = made()["missed"]
     write(given.json, made())
     print("\n".join(f"MISSED {sentence}" for sentence in missed) or "every bar is met")
@@ -205,9 +214,12 @@ def _arguments() -> argparse.Namespace:
     arguments.add_argument("--decode-tokens", type=int, default=512, help=f"in windows of {SHORT_WINDOW}")
     arguments.add_argument("--prompts", type=int, default=40)
     arguments.add_argument("--output", type=int, default=64, help="tokens of each greedy text")
-    arguments.add_argument("--only", default="", help=f"comparisons whose names contain this; {GREEDY}: the texts")
+    arguments.add_argument("--only", default="", help=f"comparisons whose names contain this: fp8 W8A8, {GREEDY}, ...")
     arguments.add_argument("--threads", type=int, default=physical_cores(), help="of the reference on the CPU")
     given = arguments.parse_args()
+    names = [*(subject.name for subject in SUBJECTS), *(variant.row for variant in VARIANTS)]
+    if not any(given.only in name for name in names):
+        sys.exit(f"error: --only {given.only!r} is in no comparison's name: {', '.join(names)}")
     if given.device == "cuda" and not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device; --device cpu shows that it runs")
     return given
@@ -376,8 +388,10 @@ def _prompts(token_ids: Sequence[int], count: int) -> list[list[int]]:
     return made
 
 
-def _texts(decoders: _Decoders, prompts: Sequence[Sequence[int]], num_tokens: int) -> Iterator[Row]:
-    """The plain run against the CPU's, then each variant against the plain run."""
+def _texts(
+    decoders: _Decoders, prompts: Sequence[Sequence[int]], num_tokens: int, variants: Sequence[Variant]
+) -> Iterator[Row]:
+    """The plain run against the CPU's, each other variant against the plain run."""
     blocks = [-(-(len(prompt) + num_tokens) // BLOCK_SIZE) for prompt in prompts]
     few = max(max(blocks) + 1, sum(blocks) // 5)
     runs: dict[str, list[list[int]]] = {}
@@ -399,10 +413,12 @@ def _texts(decoders: _Decoders, prompts: Sequence[Sequence[int]], num_tokens: in
         return {"against": baseline, **variant.options, **effect, **found}
 
     tested, config = decoders.tested["float32"], {**decoders.config, "dtype": "float32"}
-    run(Variant(name="CPU"), decoders.reference, decoders.reference_config)
-    yield _attempt(f"{GREEDY}, plain", partial(against, "CPU", Variant(name="plain")))
-    for variant in VARIANTS:
-        yield _attempt(f"{GREEDY}, {variant.name}", partial(against, "plain", variant))
+    if PLAIN in variants:
+        run(Variant(name="CPU"), decoders.reference, decoders.reference_config)
+    else:
+        run(PLAIN, tested, config)
+    for variant in variants:
+        yield _attempt(variant.row, partial(against, "CPU" if variant is PLAIN else PLAIN.name, variant))
 
 
 def _continue(engine: Engine, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:

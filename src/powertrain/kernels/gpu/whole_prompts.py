@@ -56,8 +56,9 @@ def attend(query: torch.Tensor, cache: LayerCache, step: AttentionStep, prompt: 
     # its own last block once more: another's could hold what is not finite
     behind = blocks[-1:].expand(-(-length // block_size) - blocks.shape[0])
     keys, values = gather(cache, torch.cat((blocks, behind)), query.dtype)[:length].chunk(2, dim=1)
-    padded = query.new_zeros(length, num_heads, dim)
-    padded[: prompt.num_tokens] = query[prompt.first_row : prompt.first_row + prompt.num_tokens]
+    padded = query[prompt.first_row : prompt.first_row + prompt.num_tokens]
+    if length > prompt.num_tokens:
+        padded = torch.cat((padded, query.new_zeros(length - prompt.num_tokens, num_heads, dim)))
     q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (padded, keys, values))
     with _library(query.device):
         out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=num_heads != num_kv_heads)

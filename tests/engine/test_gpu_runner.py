@@ -47,7 +47,7 @@ class StepsAgain:
 
     def replay(self, size: int, inputs: RowInputs) -> torch.Tensor:
         self.num_replays += 1
-        copied = RowInputs(inputs.integers.clone(), inputs.floats.clone())
+        copied = RowInputs(inputs.numbers.clone())
         return decode_step(self.runner.model, self.runner.cache, self.runner._state, copied)
 
 

@@ -267,7 +267,7 @@ def draws_of(rows):
         uniform=column(lambda row: uniform(row.seed, row.index, len(row.context))),
         top_p=column(lambda row: row.sampling.top_p),
         min_p=column(lambda row: row.sampling.min_p),
-        top_k=column(lambda row: row.sampling.top_k, torch.int32),
+        top_k=column(lambda row: row.sampling.top_k, torch.int64),
         repetition=column(lambda row: row.sampling.repetition_penalty),
         presence=column(lambda row: row.sampling.presence_penalty),
         frequency=column(lambda row: row.sampling.frequency_penalty),
@@ -353,7 +353,7 @@ def test_penalized_draws_are_those_of_the_sampler(sampling, seed):
     assert draw(logits, rows).tolist() == sample(logits.cpu().clone(), rows)
 
 
-def test_a_drawn_token_is_counted_in_its_slot():
+def test_a_drawn_token_is_counted_and_kept_in_its_slot():
     counts = torch.zeros(3, 50, dtype=torch.int16, device=DEVICE)
     count_tokens(counts[2], [4, 7, 7, 4, 9], 2)
     assert counts[2, [4, 7, 9]].tolist() == [-(2**15) + 1, -(2**15) + 1, 1]
@@ -361,11 +361,13 @@ def test_a_drawn_token_is_counted_in_its_slot():
     logits = torch.zeros(3, 50, device=DEVICE)
     logits[0, 20], logits[1, 4], logits[2, 0] = 5.0, 5.0, torch.nan
     rows = [Row(SamplingParams(temperature=0.0), [1], 1, (), 0, 0)] * 3
-    seen = gpu_sampling.Seen(counts, torch.tensor([0, 2, 1], device=DEVICE))
+    last = torch.full((4,), 33, device=DEVICE)
+    seen = gpu_sampling.Seen(counts, torch.tensor([0, 2, 1], device=DEVICE), last)
     assert gpu_sampling.draw_tokens(logits, draws_of(rows), seen).tolist() == [20, 4, -1]
     assert counts[2, 4] == -(2**15) + 2
     assert counts[0, 20] == 2**15 - 1, "a count does not run over"
     assert not counts[1].any()
+    assert last.tolist() == [20, -1, 4, 33]
 
 
 def test_inputs_of_a_decode_step():

@@ -208,7 +208,7 @@ def draw_rows(logits: torch.Tensor, rows: ListLike[Row]) -> list[int | None]:
 
     device = logits.device
     floats = [_draw_settings(row.sampling, row.seed, row.index, len(row.context)) for row in rows]
-    top_k = torch.tensor([row.sampling.top_k for row in rows], dtype=torch.int32, device=device)
+    top_k = torch.tensor([row.sampling.top_k for row in rows], device=device)
     temperature, number, top_p, min_p, *penalties = torch.tensor(floats, device=device).t().contiguous().unbind()
     penalized = [at for at, row in enumerate(rows) if has_penalties(row.sampling)]
     counts = torch.zeros(len(penalized) + 1, logits.shape[1], dtype=torch.int16, device=device)

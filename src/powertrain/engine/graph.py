@@ -12,7 +12,6 @@ from powertrain.kernels.attention import AttentionStep
 from powertrain.model.decoder import Decoder, KVCache
 
 MAX_ROWS = 512
-NUM_FLOATS = 7
 _SMALL_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 
 
@@ -43,31 +42,30 @@ class DeviceState:
 
 @dataclass(frozen=True, slots=True)
 class RowInputs:
-    """A step's rows as the host hands them over, in two tensors that one copy each fills.
+    """A step's rows as the host hands them over, in one tensor that one copy fills: int64 [8, rows]."""
 
-    integers: int64 [4, rows]: slot, length with this token, block that begins with it or -1, top_k;
-    floats: float32 [7, rows]: temperature, uniform number, top_p, min_p, repetition, presence and frequency penalty.
-    """
-
-    integers: torch.Tensor
-    floats: torch.Tensor
+    numbers: torch.Tensor
 
     @classmethod
     def empty(cls, num_rows: int, device: torch.device | str, *, pinned: bool = False) -> RowInputs:
-        return cls(
-            torch.zeros(4, num_rows, dtype=torch.int64, device=device, pin_memory=pinned),
-            torch.zeros(NUM_FLOATS, num_rows, dtype=torch.float32, device=device, pin_memory=pinned),
-        )
+        return cls(torch.zeros(8, num_rows, dtype=torch.int64, device=device, pin_memory=pinned))
+
+    @property
+    def integers(self) -> torch.Tensor:
+        """int64 [4, rows]: slot, length with this token, block that begins with it or -1, top_k."""
+        return self.numbers[:4]
+
+    @property
+    def floats(self) -> torch.Tensor:
+        """float32 [7, rows]: temperature, uniform number, top_p, min_p; repetition, presence, frequency penalty."""
+        return self.numbers[4:].view(torch.float32).view(8, -1)[:7]
 
     def first(self, num_rows: int) -> RowInputs:
         """The same memory for fewer rows, without gaps."""
-        parts = (self.integers, self.floats)
-        integers, floats = (part.view(-1)[: len(part) * num_rows].view(len(part), num_rows) for part in parts)
-        return RowInputs(integers, floats)
+        return RowInputs(self.numbers.view(-1)[: 8 * num_rows].view(8, num_rows))
 
     def copy_from(self, other: RowInputs) -> None:
-        self.integers.copy_(other.integers, non_blocking=True)
-        self.floats.copy_(other.floats, non_blocking=True)
+        self.numbers.copy_(other.numbers, non_blocking=True)
 
 
 def decode_step(model: Decoder, cache: KVCache, state: DeviceState, inputs: RowInputs) -> torch.Tensor:
@@ -89,10 +87,9 @@ def draw_next(model: Decoder, hidden: torch.Tensor, state: DeviceState, inputs: 
     from powertrain.kernels.gpu.sampling import Draws, Seen, draw_tokens
 
     temperature, uniform, top_p, min_p, *penalties = inputs.floats.unbind()
-    draws = Draws(temperature, uniform, top_p, min_p, inputs.integers[3].to(torch.int32), *penalties)
-    tokens = draw_tokens(model.raw_logits(hidden).contiguous(), draws, Seen(state.counts, inputs.integers[0]))
-    state.last_tokens.index_copy_(0, inputs.integers[0], tokens)
-    return tokens
+    draws = Draws(temperature, uniform, top_p, min_p, inputs.integers[3], *penalties)
+    seen = Seen(state.counts, inputs.integers[0], state.last_tokens)
+    return draw_tokens(model.raw_logits(hidden).contiguous(), draws, seen)
 
 
 def compile_decodes(model: Decoder, cache: KVCache, state: DeviceState, max_rows: int) -> int:

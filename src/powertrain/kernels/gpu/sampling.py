@@ -22,7 +22,7 @@ class Draws(NamedTuple):
     """How each row is drawn. All [rows].
 
     temperature: float32, 0 for greedy; uniform: float32 in [0, 1); top_p, min_p: float32, 1 and 0 for off; top_k:
-    int32, 0 for off; repetition, presence, frequency: float32, the penalties, 1, 0 and 0 for off.
+    int64, 0 for off; repetition, presence, frequency: float32, the penalties, 1, 0 and 0 for off.
     """
 
     temperature: torch.Tensor
@@ -36,14 +36,16 @@ class Draws(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Which tokens each row's sequence holds, for penalties.
+    """Which tokens each row's sequence holds, by slot.
 
-    counts: int16 [slots, vocab]: how often the output has a token, in the low 15 bits, and whether the prompt has it,
-    in the sign; slots: int64 [rows], each row's own. Rows without penalties may have any counts.
+    counts: int16 [slots, vocab], for penalties: how often the output has a token, in the low 15 bits, and whether the
+    prompt has it, in the sign; rows without penalties may have any. slots: int64 [rows], each row's own. last_tokens:
+    int64 [slots], which take what is drawn, or None.
     """
 
     counts: torch.Tensor
     slots: torch.Tensor
+    last_tokens: torch.Tensor | None = None
 
 
 _PENALTIES = ["slots", "repetition", "presence", "frequency"]
@@ -235,8 +237,10 @@ def _draw_kernel(
     uniform,
     masses,
     tokens,
+    last_tokens,
     num_logits,
     num_blocks,
+    HAS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     PDL: tl.constexpr,
@@ -275,6 +279,8 @@ def _draw_kernel(
             places = tl.load(largest_at + row * num_blocks + blocks, known, other=0)
             token = tl.min(tl.where(known & (tops == top), places, num_logits), 0).to(tl.int32)
     tl.store(tokens + row, token.to(tl.int64))
+    if HAS_LAST:
+        tl.store(last_tokens + tl.load(slots + row), token.to(tl.int64))
     if token >= 0:
         own_count = counts + tl.load(slots + row) * num_logits + token
         times = tl.load(own_count)
@@ -330,8 +336,10 @@ def draw_tokens(logits: torch.Tensor, draws: Draws, seen: Seen) -> torch.Tensor:
         draws.uniform,
         masses,
         tokens,
+        seen.last_tokens if seen.last_tokens is not None else tokens,
         num_logits,
         num_blocks,
+        HAS_LAST=seen.last_tokens is not None,
         BLOCK=BLOCK,
         BLOCKS=blocks,
         num_warps=8,

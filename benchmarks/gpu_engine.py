@@ -6,6 +6,7 @@ Needs torch, numpy, safetensors and tokenizers only; nothing is downloaded.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -42,6 +43,9 @@ def main() -> None:
     given = arguments.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device")
+    # what a start is made of
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("powertrain.engine.gpu_runner").setLevel(logging.INFO)
     for weights in given.formats.split(","):
         made = bench_engine(
             SHAPES / given.shape,

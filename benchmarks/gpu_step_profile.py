@@ -29,7 +29,17 @@ from powertrain.measure.bench import FORMATS, random_prompts, start_engine
 from powertrain.types import Request, SamplingParams
 
 SHAPES = Path(__file__).resolve().parent / "shapes"
-PRODUCTS = ("skinny", "matrix_kernel", "int4_kernel", "rounded_kernel", "nvjet", "gemm", "cutlass")
+PRODUCTS = (
+    "skinny",
+    "matrix_kernel",
+    "int4_kernel",
+    "rounded_kernel",
+    "row_kernel",
+    "sliced_kernel",
+    "nvjet",
+    "gemm",
+    "cutlass",
+)
 ATTENTION = ("decode_kernel", "merge_kernel")
 TIMED, PROFILED = 30, 8
 BATCHED_TOKENS = 8192

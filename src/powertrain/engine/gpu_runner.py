@@ -70,7 +70,9 @@ class GpuRunner(Runner):
     @torch.inference_mode()
     def capture(self) -> None:
         """Capture the decode graphs; before it, every step is launched kernel by kernel."""
+        started = time.perf_counter()
         self._graphs = DecodeGraphs(self.model, self.cache, self._state, self._tables.shape[0])
+        logger.info("captured %d graphs in %.1f s", len(self._graphs.sizes), time.perf_counter() - started)
 
     @staticmethod
     def can_launch(plan: Plan) -> bool:

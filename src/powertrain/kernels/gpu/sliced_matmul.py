@@ -103,10 +103,17 @@ def load_inputs(x, is_row, WORDS: tl.constexpr, NIBBLES: tl.constexpr):
 
 
 @device_function
-def _load_scales(scale, block, num_blocks, outputs, GROUP_BLOCKS: tl.constexpr):
-    """Of a turn's blocks [slices, outputs]: `scale` points to the first group's; past the end come the last."""
-    group = tl.minimum(block, num_blocks - 1) // GROUP_BLOCKS
-    return tl.load(scale[None, :] + (group * outputs)[:, None])
+def _of_groups(scale, zero, block, num_blocks, outputs, GROUP_BLOCKS: tl.constexpr, HAS_ZERO: tl.constexpr):
+    """The scales of a turn's blocks [slices, outputs], and the zero points or the scales again.
+
+    `scale` and `zero` point to the first group's; past the end come the last.
+    """
+    at = (tl.minimum(block, num_blocks - 1) // GROUP_BLOCKS * outputs)[:, None]
+    own = tl.load(scale[None, :] + at)
+    if HAS_ZERO:
+        return own, tl.load(zero[None, :] + at)
+    else:
+        return own, own
 
 
 @device_function
@@ -152,17 +159,13 @@ def _sliced_int4_kernel(
     all_outputs = out_features * 2 if GATED else out_features
     stride = all_outputs.to(tl.int64) * WORDS
     at = (slices * stride)[:, None, None] + (column[:, None] * WORDS + word[None, :])[None, :, :]
-    of_output, up_of_output = scale + column, scale + out_features + column
-    zero_of_output, up_zero_of_output = zero + column, zero + out_features + column
+    own_scale, own_zero = scale + column, zero + column
+    up_scale, up_zero = own_scale + out_features, own_zero + out_features
     # older than any kernel under way: these can come while it still runs
-    scales = _load_scales(of_output, slices, num_blocks, all_outputs, GROUP_BLOCKS)
-    zeros, up_scales, up_zeros = scales, scales, scales
-    if HAS_ZERO:
-        zeros = _load_scales(zero_of_output, slices, num_blocks, all_outputs, GROUP_BLOCKS)
+    scales, zeros = _of_groups(own_scale, own_zero, slices, num_blocks, all_outputs, GROUP_BLOCKS, HAS_ZERO)
+    up_scales, up_zeros = scales, zeros
     if GATED:
-        up_scales = _load_scales(up_of_output, slices, num_blocks, all_outputs, GROUP_BLOCKS)
-        if HAS_ZERO:
-            up_zeros = _load_scales(up_zero_of_output, slices, num_blocks, all_outputs, GROUP_BLOCKS)
+        up_scales, up_zeros = _of_groups(up_scale, up_zero, slices, num_blocks, all_outputs, GROUP_BLOCKS, HAS_ZERO)
     wait_turn(PDL)
     rows = tl.arange(0, ROWS)
     x_at = x + rows[None, :, None] * x_stride + (slices * (NIBBLES * WORDS))[:, None, None] + word[None, None, :]
@@ -176,14 +179,14 @@ def _sliced_int4_kernel(
         is_block = block < num_blocks
         # scales are too small for the pipeline's asynchronous copies: each turn begins with the loads of the next one's
         ahead = block + SLICES
-        next_scales = _load_scales(of_output, ahead, num_blocks, all_outputs, GROUP_BLOCKS)
-        next_zeros, next_up_scales, next_up_zeros = next_scales, next_scales, next_scales
-        if HAS_ZERO:
-            next_zeros = _load_scales(zero_of_output, ahead, num_blocks, all_outputs, GROUP_BLOCKS)
+        next_scales, next_zeros = _of_groups(
+            own_scale, own_zero, ahead, num_blocks, all_outputs, GROUP_BLOCKS, HAS_ZERO
+        )
+        next_up_scales, next_up_zeros = next_scales, next_zeros
         if GATED:
-            next_up_scales = _load_scales(up_of_output, ahead, num_blocks, all_outputs, GROUP_BLOCKS)
-            if HAS_ZERO:
-                next_up_zeros = _load_scales(up_zero_of_output, ahead, num_blocks, all_outputs, GROUP_BLOCKS)
+            next_up_scales, next_up_zeros = _of_groups(
+                up_scale, up_zero, ahead, num_blocks, all_outputs, GROUP_BLOCKS, HAS_ZERO
+            )
         mask = is_row if EVEN else is_row & is_block[:, None, None]
         inputs = load_inputs(x_at + first * (NIBBLES * WORDS), mask, WORDS, NIBBLES)
         own = values + first * stride
